@@ -1,0 +1,65 @@
+# Two commands for a newcomer, each doing all of its own set-up in .venv: `make demo` and `make test`.
+#
+# PYTHON=python3.12   the interpreter to build with
+# PIP_ARGS="..."      further options for pip, for example a mirror, or PyTorch's small CPU build:
+#                     PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# DEMO_ARGS="..."     further options for `relufy demo`, for example DEMO_ARGS="--text book.txt"
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
+CPP_TESTS := build/cpp
+CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+CHECKED := src tests $(wildcard examples)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types test-cpp test-python format clean
+
+help:
+	@echo "make demo    relufy the bundled model, measure it, run it, and write relufy-demo/report.html"
+	@echo "make test    lint, types, C++ tests, Python tests"
+	@echo "make format  format the Python and C++ sources"
+	@echo "make clean   remove .venv, build/ and relufy-demo/"
+
+demo: $(VENV)/.demo
+	$(BIN)/relufy demo $(DEMO_ARGS)
+
+test: lint types test-cpp test-python
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python src
+
+test-cpp: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(CPP_TESTS) -G Ninja -DRELUFY_BUILD_PYTHON=OFF -DRELUFY_BUILD_TESTS=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(CPP_TESTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir $(CPP_TESTS) --output-on-failure
+
+test-python: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf $(VENV) build relufy-demo
+
+$(VENV)/.created: .ci/prerequisites
+	@python=$$(PYTHON="$(PYTHON)" .ci/prerequisites) && echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created $(PACKAGE)
+	$(PIP) -e ".[train,report]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created $(PACKAGE)
+	$(PIP) -e ".[dev]" cmake ninja
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,82 @@
+#include "thread_pool.h"
+
+#include <sched.h>
+
+namespace relufy {
+namespace {
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins, and gives the core away where the one waited for may need it.
+template <class Condition>
+void spin_until(Condition&& is_met) {
+  for (size_t spins = 0; !is_met(); ++spins) {
+    pause();
+    if (spins > 2000) sched_yield();
+  }
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(size_t threads) {
+  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  stopping_ = true;
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run_erased(Erased function, void* context) {
+  function_ = function;
+  context_ = context;
+  first_phase_ = static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32);
+  inside_.fetch_and(~kClosed, std::memory_order_release);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  Team team(*this, 0, first_phase_);
+  function(context, team);
+  inside_.fetch_or(kClosed, std::memory_order_acq_rel);
+  spin_until([this] { return inside_.load(std::memory_order_acquire) == kClosed; });
+}
+
+void ThreadPool::work(size_t thread) {
+  for (uint32_t seen = 0; wait_for_work(seen);) {
+    seen = epoch_.load(std::memory_order_acquire);
+    bool may_enter = !(inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed);
+    if (may_enter) {
+      Team team(*this, thread, first_phase_);
+      function_(context_, team);
+    }
+    inside_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+// Returns when the epoch is past `seen`: true to work, false to end.
+bool ThreadPool::wait_for_work(uint32_t seen) {
+  auto has_changed = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
+  auto give_up = std::chrono::steady_clock::now() + kSpinTime;
+  while (!has_changed() && std::chrono::steady_clock::now() < give_up)
+    for (int i = 0; i < 32 && !has_changed(); ++i) pause();
+  while (!has_changed()) epoch_.wait(seen, std::memory_order_acquire);
+  return !stopping_;
+}
+
+void Team::finish(uint32_t phase) {
+  pool_.done_.store(0, std::memory_order_relaxed);
+  pool_.ticket_.store(uint64_t{phase + 1} << 32, std::memory_order_release);
+}
+
+void Team::wait_for_end_of(uint32_t phase) {
+  spin_until([&] { return pool_.ticket_.load(std::memory_order_acquire) >> 32 != phase; });
+}
+
+}  // namespace relufy

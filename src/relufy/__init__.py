@@ -1,0 +1,49 @@
+"""relufy makes language models activation-sparse, and turns the zeros into speed.
+
+The public names below are imported on first use, so that `import relufy` stays free of torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Engine": "relufy.engine",
+    "Recipe": "relufy.recipe",
+    "UserError": "relufy.errors",
+    "finetune": "relufy.train.finetune",
+    "info": "relufy.engine.info",
+    "load_model": "relufy.model.checkpoint",
+    "load_recipe": "relufy.recipe",
+    "load_tokenizer": "relufy.model.checkpoint",
+    "pack": "relufy.engine",
+    "save_checkpoint": "relufy.model.checkpoint",
+    "sparsify": "relufy.methods.sparsify",
+}
+"""Public name -> the module that has it. (Measuring is a wing of its own: `relufy.measure.measure`.)"""
+
+_WINGS = ("measure",)
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_WINGS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _WINGS:
+        return import_module(f"relufy.{name}")
+    if name == "__version__":
+        return _version()
+    raise AttributeError(f"module 'relufy' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("relufy")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,33 @@
+"""`relufy info`: what a model or a packed file is, and what can be done with it."""
+
+from typing import Any
+
+from relufy.cli.options import Json, ModelOrFile
+from relufy.cli.output import print_json, result
+
+
+def command(model: ModelOrFile, json: Json = False) -> None:
+    """Say what a model is: its shape, its sites and sparsifiers, and whether the engine runs it."""
+    import relufy
+
+    found = relufy.info(model)
+    if json:
+        print_json(found)
+    else:
+        for line in lines_of(found):
+            result(line)
+
+
+def lines_of(document: Any, indent: str = "") -> list[str]:
+    """Return nested plain data as indented `key: value` lines."""
+    lines = []
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", *lines_of(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            items = (", ".join(f"{k}: {v}" for k, v in item.items()) for item in value)
+            lines += [f"{indent}{key}:", *(f"{indent}  - {item}" for item in items)]
+        else:
+            words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"{indent}{key}: {words}")
+    return lines

@@ -1,0 +1,20 @@
+"""Arguments and options that several commands share, so that they read alike everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'bundled', or a Hugging Face hub id.")]
+ModelOrFile = Annotated[
+    str, typer.Argument(help="A checkpoint folder, 'bundled', a hub id, or a packed file.")
+]
+OutputFolder = Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint folder.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="A shipped recipe (see `relufy recipes`) or a YAML file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads of the engine; by default the cores it may use."),
+]

@@ -1,0 +1,48 @@
+"""What commands print: results on stdout (text, a table, or one JSON document), everything else on stderr."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no result, on stderr."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def result(text: str) -> None:
+    """Print one line of the result on stdout, as it is."""
+    stdout.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """Write the one JSON document of a `--json` command; what is no number (NaN) becomes null."""
+    sys.stdout.write(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console = stdout
+) -> None:
+    """Print a table whose first column names the row and whose other columns hold numbers."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,21 @@
+"""What a token costs in each variant: both accounts of `relufy measure`, on the demo's windows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relufy.demo.result import Cost
+from relufy.engine.pack import read_json
+from relufy.engine.spec import decoder_spec
+from relufy.measure.cost import bytes_by_kind
+from relufy.measure.measure import _macs_paper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shares = dict[str, tuple[float, ...]]
+
+
+def cost_of(model: "PreTrainedModel", checkpoint: Path, sparsity: Shares, context: int) -> Cost:
+    """Return the costs of a token at `context` positions, of a model that is saved as `checkpoint`."""
+    read = bytes_by_kind(decoder_spec(read_json(checkpoint / "config.json")), sparsity, context)
+    return Cost(_macs_paper(model, sparsity).sparse, bytes_engine=sum(read.values()), bytes_by_kind=read)

@@ -1,0 +1,93 @@
+"""The cache of packed files: made on first use, least recently used thrown away beyond a limit."""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from relufy.engine.pack import pack
+from relufy.engine.packed_file import VERSION, is_packed_file, read_header
+from relufy.errors import UserError
+from relufy.files import cache_folder
+from relufy.hub import model_folder
+
+DEFAULT_LIMIT_GB = 50.0
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A packed file of the cache. `used` is when it was last opened, in seconds since 1970."""
+
+    path: Path
+    bytes: int
+    used: float
+    model: str
+
+
+def packed_model(model: str | Path, dtype: str = "f32") -> Path:
+    """Return the packed file of a checkpoint, packing it into the cache if it is not there yet."""
+    path = Path(model)
+    if path.is_file():
+        raise UserError(f"{path} is not a packed file of relufy, nor a checkpoint folder")
+    folder = model_folder(model)
+    target = _folder() / f"{folder.resolve().name}-{_key(folder, dtype)}.relufy"
+    if not is_packed_file(target):
+        pack(folder, target, dtype)
+        _evict(keep=target)
+    os.utime(target, (time.time(), target.stat().st_mtime))
+    return target
+
+
+def entries() -> list[CacheEntry]:
+    """Return the packed files of the cache, the last used first."""
+    found = [_entry(path) for path in _folder().glob("*.relufy")] if _folder().is_dir() else []
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def clear() -> int:
+    """Remove all packed files of the cache; return the bytes freed."""
+    freed = 0
+    for entry in entries():
+        entry.path.unlink(missing_ok=True)
+        freed += entry.bytes
+    return freed
+
+
+def limit_bytes() -> int:
+    """Return the cache's size limit: `$RELUFY_CACHE_LIMIT_GB`, else 50 GB."""
+    value = os.environ.get("RELUFY_CACHE_LIMIT_GB", str(DEFAULT_LIMIT_GB))
+    try:
+        return int(float(value) * 1e9)
+    except ValueError:
+        raise UserError(f"RELUFY_CACHE_LIMIT_GB is {value!r}, not a number of gigabytes") from None
+
+
+def _folder() -> Path:
+    return cache_folder() / "packed"
+
+
+def _key(folder: Path, dtype: str) -> str:
+    """Hash what the packed file depends on. Weights are told apart by name, size and time of change."""
+    weights = sorted(folder.glob("*.safetensors"))
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    side = [(f.name, f.read_text()) for f in sorted(folder.glob("*.json"))]
+    content = json.dumps([VERSION, dtype, str(folder.resolve()), files, side])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _entry(path: Path) -> CacheEntry:
+    try:
+        model = str(read_header(path).metadata().get("model", "?"))
+    except UserError:
+        model = "damaged"
+    return CacheEntry(path, path.stat().st_size, path.stat().st_atime, model)
+
+
+def _evict(keep: Path) -> None:
+    total, limit = 0, limit_bytes()
+    for entry in entries():
+        total += entry.bytes
+        if total > limit and entry.path != keep:
+            entry.path.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""What a checkpoint or a packed file is, read from headers and configuration alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from relufy.activation_sparsity import activation_name, read_activation_sparsity
+from relufy.engine.pack import read_json
+from relufy.engine.packed_file import DTYPES, LAYOUTS, RAW, VERSION, is_packed_file, read_header
+from relufy.engine.safetensors_folder import SafetensorsFolder
+from relufy.engine.spec import decoder_spec
+from relufy.errors import UserError
+from relufy.hub import model_folder
+
+SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+}
+
+
+def info(model: str | Path) -> dict[str, Any]:
+    """Describe a packed file, a checkpoint folder, "bundled" or a hub id. Raises UserError."""
+    path = Path(model)
+    return _packed_info(path) if is_packed_file(path) else _checkpoint_info(_folder(model))
+
+
+def _folder(model: str | Path) -> Path:
+    if Path(model).is_file():
+        raise UserError(f"{model} is neither a packed file of relufy nor a checkpoint folder")
+    return model_folder(model)
+
+
+def _checkpoint_info(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    weights = SafetensorsFolder(folder)
+    parameters = sum(prod(weights.shape(name)) for name in weights.names())
+    return {"kind": "checkpoint", "path": str(folder), "parameters": parameters, **_config_info(config)}
+
+
+def _config_info(config: Mapping[str, Any]) -> dict[str, Any]:
+    sparsity = read_activation_sparsity(config)
+    return {
+        "model_type": config.get("model_type"),
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "activation": activation_name(config),
+        "sizes": {name: config[key] for name, key in SIZES.items() if config.get(key) is not None},
+        "sparsifiers": sparsity.to_block()["sparsifiers"],
+        "recipe": sparsity.recipe.get("name"),
+        "provenance": sparsity.provenance,
+        "engine": _engine_support(config),
+    }
+
+
+def _engine_support(config: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        decoder_spec(config)
+    except UserError as error:
+        return {"supported": False, "reason": str(error)}
+    return {"supported": True}
+
+
+def _packed_info(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    metadata = header.metadata()
+    stored = [entry for entry in header.tensors.values() if entry.layout != RAW]
+    return {
+        "kind": "packed file",
+        "path": str(path),
+        "format_version": VERSION,
+        "bytes": header.file_bytes,
+        "weight_bytes": {DTYPES[dtype]: size for dtype, size in _bytes_by(stored, "dtype").items()},
+        "layout_bytes": {LAYOUTS[layout]: size for layout, size in _bytes_by(stored, "layout").items()},
+        "model": metadata.get("model"),
+        **_config_info(metadata.get("config", {})),
+    }
+
+
+def _bytes_by(entries: list, key: str) -> dict[int, int]:
+    sizes: Counter[int] = Counter()
+    for entry in entries:
+        sizes[getattr(entry, key)] += entry.bytes
+    return dict(sizes)

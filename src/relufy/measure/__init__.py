@@ -1,0 +1,21 @@
+"""What sparsity bought and what it cost: quality, fidelity, zeros, and the two costs of a token."""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Difference": "relufy.measure.quality",
+    "Fidelity": "relufy.measure.quality",
+    "Perplexity": "relufy.measure.quality",
+    "fidelity": "relufy.measure.quality",
+    "paired_difference": "relufy.measure.quality",
+    "perplexity": "relufy.measure.quality",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'relufy.measure' has no attribute {name!r}")

@@ -1,0 +1,123 @@
+"""Checkpoints: a stock Hugging Face folder, with the block `activation_sparsity` in its config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from relufy.activation_sparsity import BLOCK_KEY
+from relufy.errors import UserError
+from relufy.files import replacing
+from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
+from relufy.model.plugin import register
+from relufy.model.provenance import versions
+from relufy.model.sparsifiers import install_sparsity
+
+register()
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model of a checkpoint folder, dense or relufied, in eval mode, its sparsifiers in place.
+
+    Raises UserError if the folder is not a whole, unquantised checkpoint of a causal language model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    refuse_quantized(config, str(folder))
+    _check_weights(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        model, report = loaded
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be loaded: {_one_line(error)}") from error
+    if absent := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder}: the weights lack {len(absent)} tensors of the model, {absent[0]} among them"
+        )
+    if sparsity_of(model).sparsifiers and has_block(model) and not _has_pointer(model):
+        install_sparsity(model)
+        model.config.quantization_config = Pointer()
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint folder. Raises UserError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} has no tokenizer that transformers can load: {_one_line(error)}"
+        ) from error
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Write the model, in the dtype that it has, and the tokenizer to a new folder, whole or not at all.
+
+    `provenance` is added to the block's own, with the versions used. Raises UserError if the folder is
+    occupied.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"a {type(model).__name__} is not a whole model; merge its adapters first")
+    refuse_quantized(model.config.to_dict(), type(model).__name__)
+    with replacing(Path(folder)) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if has_block(model) or provenance:
+            _complete_config(model, temporary / "config.json", provenance or {})
+    return Path(folder)
+
+
+def _complete_config(model: PreTrainedModel, file: Path, provenance: dict[str, Any]) -> None:
+    config = json.loads(file.read_text())
+    block = sparsity_of(model).to_block()
+    block["provenance"] = block["provenance"] | provenance | {"versions": versions()}
+    config[BLOCK_KEY] = block
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _has_pointer(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json, so it is not a checkpoint")
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {_one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            expected = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: {_one_line(error)}") from None
+    else:
+        expected = ["model.safetensors"]
+    for name in expected:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks the weights file {name}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,114 @@
+"""Counting the zeros at every site while a model runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from relufy.model.structure import BlockSites, find_blocks
+
+
+class Observer:
+    """Exact zero counts per site and layer, summed over every forward pass that ran while it was attached.
+
+    Every position counts once, the beginning-of-sequence token too; positions that a two-dimensional
+    attention mask marks as padding do not. What gradient checkpointing computes again is not counted again.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._zeros: dict[str, list[Any]] = {}
+        self._widths: dict[str, int] = {}
+        self._tokens: Any = 0
+        self._is_running = False
+        self._mask: torch.Tensor | None = None
+        self._last: tuple[Any, Any] = (None, None)
+
+    @property
+    def tokens(self) -> int:
+        """How many positions were counted."""
+        return int(self._tokens)
+
+    def zeros(self) -> dict[str, list[int]]:
+        """Return the number of zeros at each site, per layer, out of `tokens` times the site's width."""
+        return {site: [int(zeros) for zeros in layers] for site, layers in self._zeros.items()}
+
+    def sparsity(self) -> dict[str, list[float]]:
+        """Return the share of zeros at each site, per layer. Raises ValueError if nothing has run yet."""
+        if not self.tokens:
+            raise ValueError("nothing was observed: run the model inside the `with` block first")
+        return {
+            site: [zeros / (self.tokens * self._widths[site]) for zeros in layers]
+            for site, layers in self.zeros().items()
+        }
+
+    def begin(self, mask: Any) -> None:
+        """Start counting a forward pass."""
+        self._is_running = True
+        self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    def end(self) -> None:
+        """Stop counting until the next forward pass begins."""
+        self._is_running = False
+        self._mask, self._last = None, (None, None)
+
+    def count(self, site: str, layer: int, values: torch.Tensor) -> None:
+        """Count the zeros of `values`, [..., width], at a site."""
+        if not self._is_running:
+            return
+        if site == "q" and layer == 0:
+            self._tokens = self._tokens + self._kept(values).sum()
+        if self._last[0] is not values:  # projections that share an input see the same tensor
+            self._last = (values, ((values.flatten(0, -2) == 0).sum(-1) * self._kept(values)).sum())
+        self._widths[site] = values.shape[-1]
+        layers = self._zeros.setdefault(site, [0] * self._num_layers)
+        layers[layer] = layers[layer] + self._last[1]
+
+    def _kept(self, values: torch.Tensor) -> torch.Tensor:
+        """Return which rows are tokens, not padding: bool [rows]."""
+        rows = values.numel() // values.shape[-1]
+        if self._mask is None:
+            return torch.ones(rows, dtype=torch.bool, device=values.device)
+        batch = self._mask.shape[0]
+        return self._mask[:, -(rows // batch) :].to(values.device).bool().reshape(-1)
+
+
+@contextmanager
+def observe_sites(model: nn.Module) -> Iterator[Observer]:
+    """Count zeros at every site of the model while this context lasts.
+
+    `neuron` is the activation's output; the others are the inputs of the projections. A fused projection
+    counts at each site that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not
+    recognised.
+    """
+    blocks = find_blocks(model)
+    observer = Observer(len(blocks))
+    with ExitStack() as hooks:
+        stack = model.get_submodule(blocks[0].name.rpartition(".")[0].rpartition(".")[0])
+        begin = stack.register_forward_pre_hook(
+            lambda _module, _args, kwargs: observer.begin(kwargs.get("attention_mask")), with_kwargs=True
+        )
+        hooks.callback(begin.remove)
+        hooks.callback(stack.register_forward_hook(lambda *_: observer.end(), always_call=True).remove)
+        for block in blocks:
+            _attach(hooks, observer, block)
+        yield observer
+
+
+def _attach(hooks: ExitStack, observer: Observer, block: BlockSites) -> None:
+    for site, projection in block.projections().items():
+        hooks.callback(
+            projection.module.register_forward_pre_hook(_input_hook(observer, site, block.index)).remove
+        )
+    output_hook = _output_hook(observer, "neuron", block.index)
+    hooks.callback(block.activation.module.register_forward_hook(output_hook).remove)
+
+
+def _input_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:
+    return lambda _module, args: observer.count(site, layer, args[0])
+
+
+def _output_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:
+    return lambda _module, _args, output: observer.count(site, layer, output)

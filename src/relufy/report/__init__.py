@@ -1,0 +1,1 @@
+"""Reports: measured data (JSON) to one self-contained HTML page."""

@@ -1,0 +1,118 @@
+"""The commands on the bundled model: what they print, on which stream, and what they leave behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relufy.cli.main import run
+
+PROMPT = "The old man"
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Run a `--json` command and return the one document that it prints."""
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "stage1"
+    assert run(["sparsify", "bundled", "-o", str(folder), "--recipe", "relufy-stage1"]) == 0
+    return folder
+
+
+def test_sparsify_leaves_a_checkpoint(stage1: Path) -> None:
+    config = json.loads((stage1 / "config.json").read_text())
+    assert config["hidden_act"] == "relu"
+    assert config["activation_sparsity"]["recipe"]["name"] == "relufy-stage1"
+
+
+def test_info_knows_the_sparsifiers(stage1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "neuron" in json.dumps(run_json(capsys, "info", str(stage1)))
+    assert run(["info", str(stage1)]) == 0
+    assert "relu" in capsys.readouterr().out
+
+
+def test_quiet_generation_prints_the_text_alone(stage1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(stage1), PROMPT, "--max-new-tokens", "8", "--threads", "1"]
+    document = run_json(capsys, *arguments)
+    assert len(document["token_ids"]) == 8 and document["stats"]["decode_tokens_per_second"] > 0
+    assert run([*arguments, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == document["text"] + "\n" and captured.err == ""
+
+
+def test_loud_generation_says_bytes_on_stderr(stage1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", str(stage1), PROMPT, "--max-new-tokens", "4", "--threads", "1"]) == 0
+    assert "MB of weights a token" in capsys.readouterr().err
+
+
+def test_stop_ends_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "bundled", PROMPT, "--max-new-tokens", "20", "--threads", "1"]
+    whole = run_json(capsys, *arguments)["text"]
+    middle = whole[6:10]
+    assert run_json(capsys, *arguments, "--stop", middle)["text"] == whole[: whole.index(middle)]
+
+
+def test_pack_verify_generate(stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / "stage1.relufy"
+    assert run_json(capsys, "pack", str(stage1), "-o", str(packed))["bytes"] == packed.stat().st_size
+    assert run_json(capsys, "verify", str(packed))["ok"] is True
+    assert run(["generate", str(packed), PROMPT, "--max-new-tokens", "4", "--threads", "1", "--quiet"]) == 0
+
+
+def test_verify_refuses_a_damaged_file(
+    stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "stage1.relufy"
+    assert run(["pack", str(stage1), "-o", str(packed)]) == 0
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 2] ^= 1
+    packed.write_bytes(content)
+    capsys.readouterr()
+    assert run(["verify", str(packed)]) == 2
+    assert str(packed) in capsys.readouterr().err
+
+
+def test_cache_is_listed_and_cleared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_json(capsys, "cache", "list") == []
+    assert run(["generate", "bundled", PROMPT, "--max-new-tokens", "1", "--threads", "1", "--quiet"]) == 0
+    capsys.readouterr()
+    (entry,) = run_json(capsys, "cache", "list")
+    assert entry["model"] == "llama-prose-3m" and Path(entry["path"]).is_file()
+    assert run_json(capsys, "cache", "clear")["bytes_freed"] == entry["bytes"]
+    assert run_json(capsys, "cache", "list") == []
+
+
+def test_measure_names_what_it_counted(
+    stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night; the old man sat by the fire. " * 20)
+    arguments = ["measure", str(stage1), "--text", str(text), "--dense", "bundled", "--window", "32"]
+    document = run_json(capsys, *arguments)
+    assert document["tokens"] == document["windows"] * 32
+    assert document["macs_paper"]["sparse"] < document["macs_paper"]["dense"]
+    assert document["dense_perplexity"]["perplexity"] != document["perplexity"]["perplexity"]
+    assert run(arguments) == 0
+    assert "bytes_engine" in capsys.readouterr().out
+
+
+def test_finetune_leaves_a_checkpoint_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "tuned"
+    text.write_text("It was a dark and stormy night; the old man sat by the fire. " * 40)
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(
+        "name: short\nsparsify: {method: relufication, stage: 2}\n"
+        "finetune: {steps: 2, batch_size: 2, window: 32, distill: 1.0, learning_rate: 0.001}\n"
+    )
+    arguments = ["finetune", "bundled", "-o", str(output), "--recipe", str(recipe), "--data", str(text)]
+    document = run_json(capsys, *arguments)
+    assert document["steps"] == 2 and len(document["losses"]) == 2
+    assert json.loads((output / "config.json").read_text())["hidden_act"] == "relufy"
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "short.yaml", "tuned"}

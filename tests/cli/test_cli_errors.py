@@ -1,0 +1,110 @@
+"""How errors leave the program: one line and code 2 for the user's mistakes, 130 for Ctrl-C."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relufy.cli import main
+from relufy.errors import UserError
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must be refused; return the one line that it says."""
+    assert main.run(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("relufy: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sparsify"], "Missing argument 'model'"),
+        (["nonsense"], "nonsense"),
+        (["recipes", "--nonsense"], "--nonsense"),
+        (["generate", "bundled", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "bundled", "x", "--temperature", "-1"], "--temperature"),
+        (["recipes", "relufy-stage3"], "did you mean 'relufy-stage2'"),
+        (["sparsify", "bundled", "-o", "out", "--recipe", "dense-control"], "makes no zeros"),
+        (["sparsify", "nowhere", "-o", "out", "--recipe", "relufy-stage1"], "no checkpoint folder nowhere"),
+        (["cache"], "Missing command"),
+        (["verify", "nowhere.relufy"], "nowhere.relufy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_name_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "see relufy sparsify --help" in refused(capsys, "sparsify")
+
+
+@pytest.mark.parametrize("command", ["sparsify", "finetune"])
+def test_occupied_output_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "precious").write_text("mine")
+    data = ["--data", "self"] if command == "finetune" else []
+    arguments = [command, "bundled", "-o", str(tmp_path), "--recipe", "relufy-stage1", *data]
+    assert "exists and is not empty" in refused(capsys, *arguments)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_line_break_in_a_message_stays_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise UserError("first\nsecond")
+
+    monkeypatch.setattr(main, "app", fail)
+    assert refused(capsys) == "relufy: first second\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("torch", "train"), ("transformers.models", "train"), ("matplotlib", "report")]
+)
+def test_missing_package_names_its_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(main, "app", fail)
+    assert f'pip install "relufy[{extra}]"' in refused(capsys)
+
+
+def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise ModuleNotFoundError("No module named 'relufy.nonsense'", name="relufy.nonsense")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(ModuleNotFoundError):
+        main.run([])
+
+
+def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relufy.recipe.shipped_recipes", interrupt)
+    assert main.run(["recipes"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_module_and_exit_code() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "relufy", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr

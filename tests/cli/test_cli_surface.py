@@ -1,0 +1,57 @@
+"""The command line's surface, written down: a change here is a change that users see."""
+
+import pytest
+import typer
+
+from relufy.cli.main import app, run
+
+SURFACE = {
+    "": "--version",
+    "cache": "",
+    "cache clear": "--json",
+    "cache list": "--json",
+    "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
+    "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
+    " --seed --resume --json",
+    "generate": "model prompt --max-new-tokens --temperature --top-k --top-p --seed --stop --threads"
+    " --context --quiet --json",
+    "info": "model --json",
+    "measure": "model --text --dense --window --max-windows --json",
+    "pack": "model -o --output --dtype --json",
+    "recipes": "name",
+    "sparsify": "model -o --output --recipe",
+    "verify": "file --json",
+}
+
+
+def surface_of(command: object, path: str = "") -> dict[str, set[str]]:
+    """Return every command's path and the options and arguments that it takes, `--help` aside."""
+    words = {word for parameter in command.params for word in parameter.opts} - {"-h", "--help"}  # type: ignore[attr-defined]
+    found = {path: words}
+    for name, child in getattr(command, "commands", {}).items():
+        found |= surface_of(child, f"{path} {name}".strip())
+    return found
+
+
+def test_surface() -> None:
+    assert surface_of(typer.main.get_command(app)) == {
+        path: set(words.split()) for path, words in SURFACE.items()
+    }
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("relufy ")
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "Usage: relufy" in capsys.readouterr().out
+
+
+def test_every_command_says_what_it_does() -> None:
+    def helps(command: object) -> list[str | None]:
+        children = getattr(command, "commands", {}).values()
+        return [command.help, *(text for child in children for text in helps(child))]  # type: ignore[attr-defined]
+
+    assert all(helps(typer.main.get_command(app)))
