@@ -61,5 +61,5 @@ $(VENV)/.demo: $(VENV)/.created $(PACKAGE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(PACKAGE)
-	$(PIP) -e ".[dev]" cmake ninja
+	$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.demo

@@ -29,6 +29,14 @@ def test_streams_the_text_it_returns(engine):
     assert list(generation) == []
 
 
+@pytest.mark.parametrize("prompt", ["Once upon", "Once upon a time", "Once upon a ti"])
+def test_the_space_after_the_prompt_is_kept(kit, prompt):
+    engine = relufy.Engine(kit / "models" / "llama-stories260k")
+    generation = engine.generate(prompt, max_new_tokens=10).run()
+    whole = engine.tokenizer.decode(engine.tokenizer.encode(prompt) + generation.token_ids)
+    assert prompt + generation.text == whole
+
+
 def test_counts_what_it_did(engine):
     stats = engine.generate(PROMPT, max_new_tokens=40).run().stats
     assert stats.prompt_tokens == len(engine.tokenizer.encode(PROMPT))

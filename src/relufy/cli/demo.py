@@ -93,7 +93,10 @@ def table_rows(result: "DemoResult") -> list[list[str]]:
         ),
         row("speed bound from the bytes", [f"{result.bound(v) or 0:.2f}x" for v in variants]),
         row("macs_paper a token", [f"{v.cost.macs_paper / 1e6:.2f} M" if v.cost else "" for v in variants]),
-        row("tokens/s (fits in the cache)", [f"{v.median_tokens_per_second or 0:.0f}" for v in variants]),
+        row(
+            "tokens/s (fits in the cache)" if result.fits_in_cache else "tokens/s",
+            [f"{v.median_tokens_per_second or 0:.0f}" for v in variants],
+        ),
         row("KL to dense, bare swap", [_estimate(v.kl_before) for v in variants]),
         row("KL to dense, fine-tuned", [_estimate(v.kl) for v in variants]),
         row("KL closed", [_estimate(v.kl_drop) for v in variants]),

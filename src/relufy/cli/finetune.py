@@ -10,6 +10,8 @@ from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from transformers import PreTrainedModel
 
@@ -47,6 +49,8 @@ def command(
     settings = chosen.finetune
     source, original = model_folder(model), model_folder(dense or model)
     refuse_occupied(output)
+    if dense is None and settings.needs_teacher:
+        refuse_as_teacher(source)
 
     from relufy.methods.sparsify import sparsify
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
@@ -72,6 +76,18 @@ def command(
     report(str(output), chosen.name, done, json)
 
 
+def refuse_as_teacher(folder: "Path") -> None:
+    """Raise UserError if a checkpoint is relufied: it can't stand in for the dense original."""
+    from relufy.activation_sparsity import BLOCK_KEY
+    from relufy.engine.pack import read_json
+    from relufy.errors import UserError
+
+    if read_json(folder / "config.json").get(BLOCK_KEY):
+        raise UserError(
+            f"{folder} is relufied, so it can't be its own teacher; name its original with --dense"
+        )
+
+
 def training_windows(
     data: list[str],
     dense: "PreTrainedModel",
@@ -81,7 +97,7 @@ def training_windows(
 ) -> "np.ndarray":
     """Return the windows of the files, or as many self-written ones as the steps need."""
     from relufy.errors import UserError
-    from relufy.text import read_text, token_windows
+    from relufy.text import read_windows
     from relufy.train.selftext import write_windows
 
     if data == [SELF]:
@@ -97,10 +113,7 @@ def training_windows(
     if SELF in data:
         raise UserError("--data is either files or 'self', not both")
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    windows = token_windows(read_text(data), encode, settings.window, tokenizer.bos_token_id)
+    windows = read_windows(data, tokenizer, settings.window)
     needed = settings.steps * settings.batch_size
     note(f"{len(windows)} windows of {settings.window} tokens, seen {needed / len(windows):.2g} times")
     return windows

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING
 from relufy.demo.result import Cost
 from relufy.engine.pack import read_json
 from relufy.engine.spec import decoder_spec
-from relufy.measure.cost import bytes_by_kind
-from relufy.measure.measure import _macs_paper
+from relufy.measure.cost import Sparsity, bytes_by_kind
+from relufy.measure.measure import model_macs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Shares = dict[str, tuple[float, ...]]
 
-
-def cost_of(model: "PreTrainedModel", checkpoint: Path, sparsity: Shares, context: int) -> Cost:
+def cost_of(model: "PreTrainedModel", checkpoint: Path, sparsity: Sparsity, context: int) -> Cost:
     """Return the costs of a token at `context` positions, of a model that is saved as `checkpoint`."""
     read = bytes_by_kind(decoder_spec(read_json(checkpoint / "config.json")), sparsity, context)
-    return Cost(_macs_paper(model, sparsity).sparse, bytes_engine=sum(read.values()), bytes_by_kind=read)
+    return Cost(model_macs(model, sparsity).sparse, bytes_engine=sum(read.values()), bytes_by_kind=read)

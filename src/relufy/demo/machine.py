@@ -20,6 +20,13 @@ def machine_facts() -> dict[str, str]:
     return facts
 
 
+def cache_bytes() -> int | None:
+    """Return the size of the last-level cache, or None where the system does not say."""
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    words = [path.read_text().strip() for path in sizes]
+    return max((int(word[:-1]) << 10 for word in words if word.endswith("K")), default=None)
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -104,6 +104,8 @@ class DemoResult:
     commands: list[tuple[str, str]]
     machine: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    fits_in_cache: bool = True
+    """Whether the dense model's weights do: its tokens/s then say little about models that don't."""
 
     def bound(self, variant: Variant) -> float | None:
         """Return dense bytes / the variant's bytes: the speed-up if reading weights were all the work."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from relufy.demo import commands
-from relufy.demo.machine import machine_facts
+from relufy.demo.machine import cache_bytes, machine_facts
 from relufy.demo.options import STAGES, DemoOptions
 from relufy.demo.result import DemoResult, Variant
 from relufy.demo.watch import Silent, Watch
@@ -61,7 +61,11 @@ def _run(options: DemoOptions, folder: Path, watch: Watch) -> DemoResult:
         stages.train_control(bench, variants[1:])
     _run_on_engine(variants, source, options, folder, watch)
     steps = commands.every_step(options, engine_runs.SHOWN_TOKENS)
-    return DemoResult(about, windows.about, variants, options.prompt, steps, machine_facts())
+    result = DemoResult(about, windows.about, variants, options.prompt, steps, machine_facts())
+    dense_cost = variants[0].cost
+    assert dense_cost is not None
+    result.fits_in_cache = dense_cost.bytes_engine < (cache_bytes() or 0)
+    return result
 
 
 def _longest_finetune(options: DemoOptions) -> Finetune:
@@ -75,7 +79,8 @@ def _run_on_engine(
 ) -> None:
     from relufy.demo import engine_runs
 
-    watch.step("the engine: pack, and generate in turns", commands.generate(options, STAGES[-1], 60))
+    command = commands.generate(options, STAGES[-1], engine_runs.SHOWN_TOKENS)
+    watch.step("the engine: pack, and generate in turns", command)
     for stage, variant in zip((None, *STAGES), variants, strict=True):
         checkpoint = folder / stage.folder if stage else source
         engine_runs.pack_variant(variant, checkpoint, commands.packed_file(folder, stage))

@@ -10,14 +10,14 @@ from relufy.demo.result import Texts
 from relufy.demo.watch import Watch
 from relufy.errors import UserError
 from relufy.recipe import Finetune
-from relufy.text import read_text, token_windows
+from relufy.text import read_windows
 from relufy.train.selftext import overlap, write_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_TEST_WINDOWS = 64
-TEST_SEED = 1_000_003
+TEST_SEED = 2_000_003
 """Apart from every recipe's seed, so that held-out text is another text."""
 TEST_SHARE = 0.1
 """Share of the user's text that is held out: its end."""
@@ -60,10 +60,7 @@ def _self_written(dense: Any, tokenizer: Any, finetune: Finetune, watch: Watch) 
 
 
 def _from_user(tokenizer: Any, window: int, text: Path) -> Windows:
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-
-    windows = token_windows(read_text([text]), encode, window, tokenizer.bos_token_id)
+    windows = read_windows([text], tokenizer, window)
     num_test = min(NUM_TEST_WINDOWS, max(2, round(len(windows) * TEST_SHARE)))
     if len(windows) <= num_test:
         raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.sampling import Sampling, sample
-from relufy.engine.tokenizer import ModelTokenizer
+from relufy.engine.tokenizer import ModelTokenizer, TextStream
 from relufy.errors import UserError
 
 FinishReason = Literal["length", "stop", "end", "context"]
@@ -118,7 +118,7 @@ def _write(
 ) -> Iterator[str]:
     """Prefill, then decode token by token, yielding text as it becomes certain."""
     sequence, clock = engine.new_sequence(), _Clock(engine)
-    text = _StoppableText(tokenizer, request.stop)
+    text = _StoppableText(tokenizer.stream(request.prompt_ids), request.stop)
     try:
         logits = clock.time("prefill", lambda: engine.step([(sequence, request.prompt_ids)]))
         while True:
@@ -151,8 +151,8 @@ def _limit_reached(
 class _StoppableText:
     """Text as it comes, held back where it may be the beginning of a stop text."""
 
-    def __init__(self, tokenizer: ModelTokenizer, stops: tuple[str, ...]):
-        self._stream = tokenizer.stream()
+    def __init__(self, stream: TextStream, stops: tuple[str, ...]):
+        self._stream = stream
         self._stops = stops
         self._pending = ""
 

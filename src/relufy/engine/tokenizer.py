@@ -1,6 +1,7 @@
 """The tokenizer of a packed model: text to ids and back, streaming, without transformers."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -31,8 +32,12 @@ class ModelTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def stream(self) -> "TextStream":
-        return TextStream(self._tokenizer)
+    def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
+        """Return a decoder of what follows the prompt; a space between the two is part of what follows."""
+        stream = TextStream(self._tokenizer)
+        for token in prompt_ids:
+            stream.push(token)
+        return stream
 
 
 class TextStream:

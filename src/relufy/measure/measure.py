@@ -10,7 +10,7 @@ from relufy.engine.pack import read_json
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
 from relufy.hub import model_folder
-from relufy.measure.cost import DenseSparse, LayerShapes, bytes_engine, macs_paper
+from relufy.measure.cost import DenseSparse, LayerShapes, Sparsity, bytes_engine, macs_paper
 from relufy.measure.quality import Perplexity, perplexity
 from relufy.measure.sparsity import measure_sparsity
 from relufy.text import read_windows
@@ -77,7 +77,7 @@ def measure(
     config = read_json(folder / "config.json")
     engine_bytes, engine_note = _bytes_engine(config, sites.sparsity, window // 2)
     own = perplexity(loaded, windows, batch_size)
-    macs = _macs_paper(loaded, sites.sparsity)
+    macs = model_macs(loaded, sites.sparsity)
     dense_folder, dense_note = _dense_folder(folder, config, dense)
     reference = own if dense_folder == folder else None
     if dense_folder is not None and reference is None:
@@ -97,7 +97,8 @@ def measure(
     )
 
 
-def _macs_paper(model: "PreTrainedModel", sparsity: dict[str, tuple[float, ...]]) -> DenseSparse:
+def model_macs(model: "PreTrainedModel", sparsity: Sparsity) -> DenseSparse:
+    """Return `macs_paper` of a model with the zeros measured at its sites."""
     from relufy.model.sites import find_blocks
     from relufy.model.sparsifiers import sparsity_of
 
