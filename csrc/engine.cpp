@@ -216,16 +216,20 @@ void Engine::normalise(const float* weight, bool has_relu, size_t tokens, uint64
     float* y = &normed_[t * width_];
     kernels_.rms_norm(&hidden_[t * width_], weight, decoder_.norm_eps, decoder_.hidden_size, y);
     if (has_relu) kernels_.activate(Activation::relu, 0.0f, y, width_);
+    if (tokens == 1) list_inputs(has_relu, tokens, used);
   });
-  team.for_each(1, [&](size_t) {
-    stats_.weight_bytes += width_ * sizeof(float);
-    num_inputs_ =
-        list_needed(has_relu, normed_.get(), width_, tokens, decoder_.hidden_size, inputs_.get(), used);
-    if (has_relu) stats_.weight_bytes += num_inputs_ * sizeof(uint32_t);
-  });
+  if (tokens > 1) team.for_each(1, [&](size_t) { list_inputs(has_relu, tokens, used); });
 }
 
-// y <- x W^T for several matrices that share x, in one round of tasks.
+void Engine::list_inputs(bool has_relu, size_t tokens, uint64_t* used) {
+  num_inputs_ =
+      list_needed(has_relu, normed_.get(), width_, tokens, decoder_.hidden_size, inputs_.get(), used);
+  stats_.weight_bytes += width_ * sizeof(float);  // of the norm
+  if (has_relu) stats_.weight_bytes += num_inputs_ * sizeof(uint32_t);
+}
+
+// y <- x W^T for several matrices that share x, in one round of tasks; then hidden += y where that is asked
+// for.
 void Engine::project(std::span<const Projection> projections, const float* x, size_t x_stride, size_t tokens,
                      Team& team) {
   size_t total = 0;
@@ -244,16 +248,11 @@ void Engine::project(std::span<const Projection> projections, const float* x, si
       kernels_.dot_rows(w.data + first * w.stride, w.stride, rows, x, x_stride, tokens, p->y + first,
                         p->y_stride);
       scratch.weight_bytes += rows * w.stride * sizeof(float);
+      if (!p->adds_to_hidden) return;
+      for (size_t t = 0; t < tokens; ++t)
+        kernels_.add(p->y + t * p->y_stride + first, &hidden_[t * width_ + first], padded(rows));
     }
   });
-}
-
-// hidden += x W^T
-void Engine::add_projected(const Tensor& weight, const float* x, size_t x_stride, size_t tokens, Team& team) {
-  const Projection projection{&weight, projected_.get(), width_};
-  project({&projection, 1}, x, x_stride, tokens, team);
-  team.for_each(tokens,
-                [&](size_t t) { kernels_.add(&projected_[t * width_], &hidden_[t * width_], width_); });
 }
 
 void Engine::attention(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team) {
@@ -263,7 +262,8 @@ void Engine::attention(const Layer& layer, size_t index, std::span<const Token> 
   project(projections, normed_.get(), width_, tokens.size(), team);
   team.for_each(decoder_.num_kv_heads,
                 [&](size_t head) { attend_head(index, head, tokens, scratch_[team.thread()]); });
-  add_projected(*layer.o, attended_.get(), query_width_, tokens.size(), team);
+  const Projection output{layer.o, projected_.get(), width_, true};
+  project({&output, 1}, attended_.get(), query_width_, tokens.size(), team);
 }
 
 // One KV head and the query heads that share it: writes the new positions, then attends from each.
@@ -297,7 +297,8 @@ void Engine::mlp(const Layer& layer, size_t index, size_t tokens, Team& team) {
   if (!layer.has_sparse_neurons()) {
     team.for_each(decoder_.num_partitions(),
                   [&](size_t p) { dense_partition(layer, index, p, tokens, scratch_[team.thread()]); });
-    add_projected(*layer.down, neurons_.get(), neuron_width_, tokens, team);
+    const Projection down{layer.down, projected_.get(), width_, true};
+    project({&down, 1}, neurons_.get(), neuron_width_, tokens, team);
     return;
   }
   team.for_each(decoder_.num_partitions(),

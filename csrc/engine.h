@@ -81,6 +81,7 @@ class Engine {
     const Tensor* weight;
     float* y;
     size_t y_stride;
+    bool adds_to_hidden = false;  // then in rows, and y is projected_
   };
   struct Scratch {  // one for each thread
     Buffer<float> gate, up, scores;
@@ -99,6 +100,7 @@ class Engine {
   void embed(std::span<const Token> tokens, Team& team);
   size_t list_needed(bool has_zeros, const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
                      uint64_t* used) const;
+  void list_inputs(bool has_relu, size_t tokens, uint64_t* used);
   void normalise(const float* weight, bool has_relu, size_t tokens, uint64_t* used, Team& team);
   void project(std::span<const Projection> projections, const float* x, size_t x_stride, size_t tokens,
                Team& team);
@@ -107,7 +109,6 @@ class Engine {
   void mlp(const Layer& layer, size_t index, size_t tokens, Team& team);
   void sparse_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
   void dense_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
-  void add_projected(const Tensor& weight, const float* x, size_t x_stride, size_t tokens, Team& team);
   void head(std::span<const Token> tokens, float* logits, Team& team);
   void gate_rows(const Tensor& weight, size_t partition, size_t tokens, float* y, Scratch& scratch);
 

@@ -70,12 +70,13 @@ bool ThreadPool::wait_for_work(uint32_t seen) {
   return !stopping_;
 }
 
-void Team::finish(uint32_t phase) {
-  pool_.done_.store(0, std::memory_order_relaxed);
-  pool_.ticket_.store(uint64_t{phase + 1} << 32, std::memory_order_release);
-}
-
-void Team::wait_for_end_of(uint32_t phase) {
+// Reports this thread's finished tasks; whoever reports the last ones opens the next phase.
+void Team::end(uint32_t phase, uint32_t mine, uint32_t tasks) {
+  if (mine > 0 && pool_.done_.fetch_add(mine, std::memory_order_acq_rel) + mine == tasks) {
+    pool_.done_.store(0, std::memory_order_relaxed);
+    pool_.ticket_.store(uint64_t{phase + 1} << 32, std::memory_order_release);
+    return;
+  }
   spin_until([&] { return pool_.ticket_.load(std::memory_order_acquire) >> 32 != phase; });
 }
 

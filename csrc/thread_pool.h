@@ -69,22 +69,21 @@ class Team {
   // i in [0, tasks), and returns when all are done. What the tasks wrote can then be read.
   template <class Task>
   void for_each(size_t tasks, Task&& task) {
-    uint32_t phase = phase_++;
+    uint32_t phase = phase_++, mine = 0;
     for (uint64_t ticket = pool_.ticket_.load(std::memory_order_acquire);;) {
-      if (ticket >> 32 != phase) return;
+      if (ticket >> 32 != phase) return;  // over: then none of its tasks was mine
       uint32_t index = static_cast<uint32_t>(ticket);
       if (index >= tasks) break;
       if (!pool_.ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acquire)) continue;
       task(size_t{index});
-      if (pool_.done_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) return finish(phase);
+      ++mine;
       ticket = pool_.ticket_.load(std::memory_order_acquire);
     }
-    wait_for_end_of(phase);
+    end(phase, mine, static_cast<uint32_t>(tasks));
   }
 
  private:
-  void finish(uint32_t phase);
-  void wait_for_end_of(uint32_t phase);
+  void end(uint32_t phase, uint32_t mine, uint32_t tasks);
 
   ThreadPool& pool_;
   size_t thread_;

@@ -116,3 +116,37 @@ def test_finetune_leaves_a_checkpoint_and_nothing_else(
     assert document["steps"] == 2 and len(document["losses"]) == 2
     assert json.loads((output / "config.json").read_text())["hidden_act"] == "relufy"
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "short.yaml", "tuned"}
+
+
+def test_an_interrupted_finetune_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(
+        "name: short\nsparsify: {method: relufication}\n"
+        "finetune: {steps: 4, batch_size: 2, window: 16, distill: 1.0, save_steps: 1}\n"
+    )
+    output = tmp_path / "tuned"
+    arguments = ["finetune", "bundled", "-o", str(output), "--recipe", str(recipe), "--data", "self"]
+    unbroken = run_json(capsys, "finetune", "bundled", "-o", str(tmp_path / "whole"), *arguments[4:])
+
+    with monkeypatch.context() as patch:
+
+        def interrupt(display: object, task: str, done: int, *_: object) -> None:
+            if task == "fine-tuning" and done == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr("relufy.cli.progress.ProgressDisplay.update", interrupt)
+        assert run(arguments) == 130
+    assert not output.exists()
+    resumed = run_json(capsys, *arguments, "--resume")
+    assert resumed["losses"] == unbroken["losses"]
+    assert {path.name for path in tmp_path.iterdir()} == {"short.yaml", "tuned", "whole"}
+
+
+def test_a_relufied_model_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse = tmp_path / "sparse"
+    assert run(["sparsify", "bundled", "-o", str(sparse), "--recipe", "relufy-stage1"]) == 0
+    arguments = ["finetune", str(sparse), "-o", str(tmp_path / "out"), "--recipe", "relufy-stage2"]
+    assert run([*arguments, "--data", "self"]) == 2
+    assert "--dense" in capsys.readouterr().err
