@@ -4,6 +4,7 @@ A recipe has two parts. `sparsify` says which zeros to make (its type is what `r
 on); `finetune` says how to recover the quality. Recipes shipped with relufy live in `relufy/recipes/*.yaml`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,22 @@ class Recipe:
         return replace(
             self, finetune=replace(self.finetune, **{k: v for k, v in changes.items() if v is not None})
         )
+
+    def with_values(self, assignments: Sequence[str]) -> "Recipe":
+        """Return a copy with values set by their place, as "finetune.distill=0.5" (the value is YAML)."""
+        data = self.to_mapping()
+        for assignment in assignments:
+            place, equals, value = assignment.partition("=")
+            if not equals:
+                raise UserError(f"expected KEY=VALUE, as in finetune.steps=100, found {assignment!r}")
+            *path, last = place.strip().split(".")
+            part: Any = data
+            for key in path:
+                part = part.get(key) if isinstance(part, dict) else None
+            if not isinstance(part, dict):
+                raise UserError(f"the recipe {self.name} has no {'.'.join(path)!r} to set {last!r} in")
+            part[last] = yaml.safe_load(value)
+        return recipe_from_mapping(data, self.name)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain data that `recipe_from_mapping` reads back to an equal recipe."""

@@ -12,14 +12,14 @@ SURFACE = {
     "cache list": "--json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
-    " --seed --resume --json",
+    " --seed --set --resume --json",
     "generate": "model prompt --max-new-tokens --temperature --top-k --top-p --seed --stop --threads"
     " --context --quiet --json",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --json",
     "pack": "model -o --output --dtype --json",
     "recipes": "name",
-    "sparsify": "model -o --output --recipe",
+    "sparsify": "model -o --output --recipe --set",
     "verify": "file --json",
 }
 

@@ -114,6 +114,11 @@ def test_real_text_gives_perplexity_and_a_control(
     assert all(variant.perplexity for variant in found.variants)
     assert all(variant.control for variant in found.variants[1:])
     assert found.texts.kind == "text"
+    assert all(variant.kl and variant.kl_closed is None for variant in found.variants[1:])
+    assert found.targets() == []
+    assert all(
+        "--set finetune.distill=0" in command for _, command in found.commands if "finetune" in command
+    )
     assert "perplexity, dense control" in (tmp_path / "demo" / "report.html").read_text()
 
 

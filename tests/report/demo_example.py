@@ -20,7 +20,9 @@ def variant(name: str, title: str, bytes_engine: float, share: float) -> Variant
         made.kl_drop = Estimate(0.2 if name == "stage 1" else 1.2, 0.009, 16320)
         made.kl = Estimate(0.012 if name == "stage 1" else 0.2, 0.001, 16320)
         curve = tuple(0.5 / step for step in range(1, 151))
-        made.training = Training(steps=150, tokens=614400, seconds=70.0, kl=curve, command="relufy finetune")
+        made.training = Training(
+            steps=150, tokens=614400, seconds=70.0, curve=curve, command="relufy finetune"
+        )
     return made
 
 

@@ -99,9 +99,12 @@ def table_rows(result: "DemoResult") -> list[list[str]]:
         ),
         row("KL to dense, bare swap", [_estimate(v.kl_before) for v in variants]),
         row("KL to dense, fine-tuned", [_estimate(v.kl) for v in variants]),
-        row("KL closed", [_estimate(v.kl_drop) for v in variants]),
-        row("share closed", ["" if v.kl_closed is None else f"{v.kl_closed:.1%}" for v in variants]),
     ]
+    if result.targets():
+        rows += [
+            row("KL closed", [_estimate(v.kl_drop) for v in variants]),
+            row("share closed", ["" if v.kl_closed is None else f"{v.kl_closed:.1%}" for v in variants]),
+        ]
     if variants[0].perplexity:
         rows += [
             row("perplexity, bare swap", [_estimate(v.perplexity_before, 2) for v in variants]),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relufy.cli.options import Json, Model, OutputFolder, RecipeName
+from relufy.cli.options import Assignments, Json, Model, OutputFolder, RecipeName
 from relufy.cli.output import note, print_json, result
 from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
@@ -35,6 +35,7 @@ def command(
     learning_rate: Annotated[float | None, typer.Option(help="The peak, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows in a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order, and of self-written text.")] = None,
+    assign: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     json: Json = False,
 ) -> None:
@@ -43,8 +44,10 @@ def command(
     from relufy.hub import model_folder
     from relufy.recipe import load_recipe
 
-    chosen = load_recipe(recipe).with_finetune(
-        steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed
+    chosen = (
+        load_recipe(recipe)
+        .with_values(assign or ())
+        .with_finetune(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
     )
     settings = chosen.finetune
     source, original = model_folder(model), model_folder(dense or model)

@@ -19,10 +19,12 @@ def command(model: ModelOrFile, json: Json = False) -> None:
 
 
 def lines_of(document: Any, indent: str = "") -> list[str]:
-    """Return nested plain data as indented `key: value` lines."""
+    """Return nested plain data as indented `key: value` lines; what is empty is left out."""
     lines = []
     for key, value in document.items():
-        if isinstance(value, dict) and value:
+        if value is None or value in ([], {}):
+            continue
+        if isinstance(value, dict):
             lines += [f"{indent}{key}:", *lines_of(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             items = (", ".join(f"{k}: {v}" for k, v in item.items()) for item in value)

@@ -13,6 +13,10 @@ OutputFolder = Annotated[Path, typer.Option("-o", "--output", help="The new chec
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="A shipped recipe (see `relufy recipes`) or a YAML file.")
 ]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value in the recipe, as finetune.distill=0.5."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Threads = Annotated[
     int | None,

@@ -21,6 +21,8 @@ def finetune(options: DemoOptions, stage: Stage, previous: Stage | None) -> str:
         stage.recipe,
     ]
     words += ["--data", str(options.text or "self")]
+    for assignment in options.assignments():
+        words += ["--set", assignment]
     if options.steps is not None:
         words += ["--steps", str(options.steps)]
     if options.learning_rate is not None:

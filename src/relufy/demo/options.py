@@ -1,10 +1,10 @@
 """What a user can choose for the demo, and the stages that it goes through."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from relufy.hub import BUNDLED
-from relufy.recipe import Finetune, Recipe, load_recipe
+from relufy.recipe import Recipe, load_recipe
 
 PROMPT = "The old man looked at the door, and"
 
@@ -37,12 +37,17 @@ class DemoOptions:
     learning_rate: float | None = None
 
     def recipe(self, stage: Stage) -> Recipe:
-        """Return a stage's recipe with these options in it."""
-        return load_recipe(stage.recipe).with_finetune(steps=self.steps, learning_rate=self.learning_rate)
+        """Return a stage's recipe with these options in it.
 
-    def control(self) -> Finetune:
-        """Return the fine-tune of the dense control: as stage 1's, but by plain cross-entropy."""
-        return replace(self.recipe(STAGES[0]).finetune, distill=0.0, match_hidden=0.0)
+        On the user's text stages and control learn by cross-entropy alike, so that what is left between them
+        is what the zeros cost.
+        """
+        recipe = load_recipe(stage.recipe).with_values(self.assignments())
+        return recipe.with_finetune(steps=self.steps, learning_rate=self.learning_rate)
+
+    def assignments(self) -> tuple[str, ...]:
+        """Return what replaces the recipes' values, as `relufy finetune --set` takes it."""
+        return ("finetune.distill=0", "finetune.match_hidden=0") if self.text else ()
 
     def checkpoint(self, stage: Stage | None) -> str:
         """Return what a command calls the model that a stage made, or the dense one."""

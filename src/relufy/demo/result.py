@@ -25,12 +25,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Training:
-    """One fine-tune: what it cost, and the KL to the dense model (nats per token) of every step's batch."""
+    """One fine-tune: what it cost, and the loss of every step's batch in nats per token.
+
+    `curve` is the KL to the dense model, or the cross-entropy on the user's text.
+    """
 
     steps: int
     tokens: int
     seconds: float
-    kl: tuple[float, ...]
+    curve: tuple[float, ...]
     command: str
 
 
@@ -58,7 +61,7 @@ class Variant:
     perplexity_before: Estimate | None = None
     perplexity: Estimate | None = None
     control: Estimate | None = None
-    """The perplexity of the dense model, fine-tuned for as many steps on the same tokens by cross-entropy."""
+    """The perplexity of the dense model, fine-tuned on the same tokens by the same settings."""
     training: Training | None = None
     sparsity: dict[str, list[float]] = field(default_factory=dict)
     cost: Cost | None = None
@@ -67,8 +70,8 @@ class Variant:
 
     @property
     def kl_closed(self) -> float | None:
-        """The share of the bare swap's KL that the fine-tune closed."""
-        if self.kl is None or self.kl_before is None or self.kl_before.value <= 0:
+        """The share of the bare swap's KL that the fine-tune closed, where closing it was the aim."""
+        if self.kl_drop is None or self.kl is None or self.kl_before is None or self.kl_before.value <= 0:
             return None
         return 1.0 - self.kl.value / self.kl_before.value
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from relufy.demo import commands
 from relufy.demo.costs import cost_of
-from relufy.demo.options import DemoOptions, Stage
+from relufy.demo.options import STAGES, DemoOptions, Stage
 from relufy.demo.result import Estimate, Training, Variant
 from relufy.demo.texts import Windows
 from relufy.demo.watch import Watch
@@ -66,14 +66,16 @@ def relufy_stage(
 
     model = sparsify(copy.deepcopy(model), recipe)
     done = train(bench, stage.name, model, recipe.finetune)
-    kl = tuple(log["kl"] for log in done.logs)
-    variant.training = Training(done.steps, done.tokens, done.seconds, kl, command)
+    term = "cross_entropy" if bench.has_real_text else "kl"
+    curve = tuple(log[term] for log in done.logs)
+    variant.training = Training(done.steps, done.tokens, done.seconds, curve, command)
     after = fidelity(bench.dense, model, bench.windows.test)
-    drop = paired_difference(before, after)
     variant.kl_before, variant.kl = _kl(before), _kl(after)
-    variant.kl_drop = Estimate(drop.mean, drop.standard_error, after.tokens)
     if bench.has_real_text:
         variant.perplexity = perplexity_of(bench, model)
+    else:
+        drop = paired_difference(before, after)
+        variant.kl_drop = Estimate(drop.mean, drop.standard_error, after.tokens)
     save_checkpoint(model, bench.tokenizer, bench.folder / stage.folder)
     measure_into(variant, bench, model, bench.folder / stage.folder)
     bench.watch.say(_summary(variant))
@@ -81,11 +83,11 @@ def relufy_stage(
 
 
 def train_control(bench: Bench, variants: list[Variant]) -> None:
-    """Fine-tune the dense model on the same tokens, stage by stage; note its perplexity in each variant."""
+    """Fine-tune the dense model as the stages were, in turn; note its perplexity in each variant."""
     bench.watch.step("the control: the dense model, fine-tuned on the same tokens")
     model = copy.deepcopy(bench.dense)
-    for variant in variants:
-        train(bench, f"control for {variant.name}", model, bench.options.control())
+    for stage, variant in zip(STAGES, variants, strict=True):
+        train(bench, f"control for {variant.name}", model, bench.options.recipe(stage).finetune)
         variant.control = perplexity_of(bench, model)
 
 
@@ -119,6 +121,9 @@ def _kl(found: Fidelity) -> Estimate:
 
 def _summary(variant: Variant) -> str:
     assert variant.kl and variant.kl_before
+    if variant.perplexity and variant.perplexity_before:
+        before, after = variant.perplexity_before.value, variant.perplexity.value
+        return f"perplexity: {before:.2f} after the bare swap, {after:.2f} after the fine-tune"
     return (
         f"KL to dense, nats per token: {variant.kl_before.value:.4f} after the bare swap, "
         f"{variant.kl.value:.4f} after the fine-tune; {variant.kl_closed or 0:.1%} closed"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from relufy.activation_sparsity import BLOCK_KEY
 from relufy.errors import UserError
 from relufy.files import replacing
+from relufy.hub import model_folder
 from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
 from relufy.model.plugin import register
 from relufy.model.provenance import versions
@@ -20,11 +21,12 @@ register()
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model of a checkpoint folder, dense or relufied, in eval mode, its sparsifiers in place.
+    """Return the model of a checkpoint, dense or relufied, in eval mode, its sparsifiers in place.
 
-    Raises UserError if the folder is not a whole, unquantised checkpoint of a causal language model.
+    `folder` may be "bundled" or a hub id. Raises UserError if it is not a whole, unquantised checkpoint of a
+    causal language model.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     config = _read_config(folder)
     refuse_quantized(config, str(folder))
     _check_weights(folder)
@@ -48,9 +50,10 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint folder. Raises UserError if it has none."""
+    """Return the tokenizer of a checkpoint (as in `load_model`). Raises UserError if it has none."""
+    folder = model_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} has no tokenizer that transformers can load: {_one_line(error)}"

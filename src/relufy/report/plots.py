@@ -178,17 +178,17 @@ def kl_recovered(variants: Sequence[Mapping[str, Any]]) -> str:
     return draw(8.6, 2.6, paint)
 
 
-def training(variants: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the KL to the dense model over the steps of each fine-tune, on the batch that is trained on."""
+def training(variants: Sequence[Mapping[str, Any]], loss: str) -> str:
+    """Draw a loss over the steps of each fine-tune, on the batch that is trained on."""
 
     def paint(axes: Axes) -> None:
         for variant in variants:
-            curve = variant["training"]["kl"]
+            curve = variant["training"]["curve"]
             colour = PALETTE.get(variant["name"], INK)
             axes.plot(range(1, len(curve) + 1), curve, color=colour, label=variant["name"], linewidth=1.8)
         axes.set_yscale("log")
         axes.set_xlabel("step")
-        axes.set_ylabel("KL to dense, nats per token")
+        axes.set_ylabel(f"{loss}, nats per token")
         axes.grid(axis="y")
         axes.legend()
 

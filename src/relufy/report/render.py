@@ -23,10 +23,11 @@ SITE_WORDS = {
 def render_demo(demo: Mapping[str, Any]) -> str:
     """Return the HTML of a demo's JSON document."""
     sparse = [variant for variant in demo["variants"] if variant["kl_before"]]
+    loss = "KL to dense" if demo["texts"]["kind"] == "self" else "cross-entropy"
     drawn = {
         "bytes": plots.bytes_per_token(demo["variants"]),
-        "kl": plots.kl_recovered(sparse) if sparse else "",
-        "training": plots.training([v for v in sparse if v["training"]]),
+        "kl": plots.kl_recovered(sparse) if demo["targets"] else "",
+        "training": plots.training([v for v in sparse if v["training"]], loss),
         "speeds": plots.speeds(demo["variants"]),
         "sparsity": {v["name"]: plots.sparsity(v, demo["sparse_sites"]) for v in sparse},
     }
