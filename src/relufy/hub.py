@@ -1,6 +1,8 @@
-"""From what a user calls a model to a folder on disk."""
+"""From what a user calls a model to a folder on disk, and its config.json."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from relufy.errors import UserError
 
@@ -30,6 +32,20 @@ def model_folder(name: str | Path) -> Path:
             f"there is no checkpoint folder {name} (or give {BUNDLED!r}, or a hub id like owner/model)"
         )
     return _download(str(name))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json. Raises UserError if it is missing or damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json, so it is not a checkpoint")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return config
 
 
 def _download(hub_id: str) -> Path:

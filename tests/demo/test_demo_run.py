@@ -78,7 +78,7 @@ def test_stages_have_more_zeros_and_fewer_bytes(result: DemoResult) -> None:
 
 
 def test_without_text_there_is_fidelity_and_no_perplexity(result: DemoResult) -> None:
-    assert all(variant.perplexity is None for variant in result.variants)
+    assert all(variant.perplexity_before is variant.perplexity is None for variant in result.variants)
     assert all(variant.kl and variant.kl_before and variant.kl_drop for variant in result.variants[1:])
     assert "not quality" in result.texts.description
 
@@ -111,8 +111,8 @@ def test_real_text_gives_perplexity_and_a_control(
         )
     )
     found = run_demo(replace(options, output=tmp_path / "demo", text=text))
-    assert all(variant.perplexity for variant in found.variants)
-    assert all(variant.control for variant in found.variants[1:])
+    assert all(variant.perplexity_before for variant in found.variants)
+    assert all(variant.control and variant.perplexity for variant in found.variants[1:])
     assert found.texts.kind == "text"
     assert all(variant.kl and variant.kl_closed is None for variant in found.variants[1:])
     assert found.targets() == []

@@ -21,6 +21,7 @@ LLAMA = LlamaConfig(
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"sliding_window": 4096}, "sliding_window"),
+        ({"model_type": "mistral"}, "sliding_window=4096"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_act": "relufy"}, "activation_sparsity"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),

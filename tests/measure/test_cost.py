@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import relufy
-from relufy.engine.pack import pack, read_json
+from relufy.engine.pack import pack
 from relufy.engine.spec import decoder_spec
+from relufy.hub import read_config
 from relufy.measure.cost import bytes_by_kind, bytes_engine, macs_paper
 
 OPT = {2.7: (2560, 32), 6.7: (4096, 32)}
@@ -69,7 +70,7 @@ def test_bytes_are_those_that_the_engine_counts(recipe, config, make_checkpoint,
         before = engine.stats()
         engine.step([(sequence, [token])])
         after = engine.stats()
-        spec = decoder_spec(read_json(folder / "config.json"))
+        spec = decoder_spec(read_config(folder))
         kinds = bytes_by_kind(spec, engine.sparsity(before, after), engine.length(sequence))
         keys_and_values = kinds.pop("keys and values")
         assert keys_and_values == after["kv_bytes"] - before["kv_bytes"]
@@ -80,7 +81,7 @@ def test_dense_bytes_are_those_of_a_dense_pack(make_checkpoint, tmp_path):
     engine = relufy.Engine(pack(make_checkpoint("dense"), tmp_path / "dense.relufy"))
     engine.step([(engine.new_sequence(), [5])])
     counted = engine.stats()["weight_bytes"] + engine.stats()["kv_bytes"]
-    spec = decoder_spec(read_json(make_checkpoint("stage2") / "config.json"))
+    spec = decoder_spec(read_config(make_checkpoint("stage2")))
     cost = bytes_engine(spec, {site: [0.5, 0.5] for site in ("q", "gate", "neuron")}, 1)
     assert cost.dense == counted
     assert cost.sparse < 0.75 * cost.dense and cost.ratio == cost.dense / cost.sparse

@@ -85,7 +85,7 @@ def test_real_text_adds_perplexity_and_the_control() -> None:
     for variant in result.variants:
         variant.perplexity = variant.perplexity_before = variant.control = estimate
     page = render_demo(json.loads(json.dumps(result.to_json())))
-    assert "perplexity, dense control" in page and "perplexity, bare swap" in page
+    assert "perplexity, dense control" in page and "perplexity, not fine-tuned" in page
 
 
 def test_without_text_no_perplexity_is_claimed(page: str) -> None:

@@ -105,9 +105,9 @@ def table_rows(result: "DemoResult") -> list[list[str]]:
             row("KL closed", [_estimate(v.kl_drop) for v in variants]),
             row("share closed", ["" if v.kl_closed is None else f"{v.kl_closed:.1%}" for v in variants]),
         ]
-    if variants[0].perplexity:
+    if variants[0].perplexity_before:
         rows += [
-            row("perplexity, bare swap", [_estimate(v.perplexity_before, 2) for v in variants]),
+            row("perplexity, not fine-tuned", [_estimate(v.perplexity_before, 2) for v in variants]),
             row("perplexity, fine-tuned", [_estimate(v.perplexity, 2) for v in variants]),
             row("perplexity, dense control", [_estimate(v.control, 2) for v in variants]),
         ]

@@ -82,10 +82,10 @@ def command(
 def refuse_as_teacher(folder: "Path") -> None:
     """Raise UserError if a checkpoint is relufied: it can't stand in for the dense original."""
     from relufy.activation_sparsity import BLOCK_KEY
-    from relufy.engine.pack import read_json
     from relufy.errors import UserError
+    from relufy.hub import read_config
 
-    if read_json(folder / "config.json").get(BLOCK_KEY):
+    if read_config(folder).get(BLOCK_KEY):
         raise UserError(
             f"{folder} is relufied, so it can't be its own teacher; name its original with --dense"
         )

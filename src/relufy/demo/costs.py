@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relufy.demo.result import Cost
-from relufy.engine.pack import read_json
 from relufy.engine.spec import decoder_spec
+from relufy.hub import read_config
 from relufy.measure.cost import Sparsity, bytes_by_kind
 from relufy.measure.measure import model_macs
 
@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 
 def cost_of(model: "PreTrainedModel", checkpoint: Path, sparsity: Sparsity, context: int) -> Cost:
     """Return the costs of a token at `context` positions, of a model that is saved as `checkpoint`."""
-    read = bytes_by_kind(decoder_spec(read_json(checkpoint / "config.json")), sparsity, context)
+    read = bytes_by_kind(decoder_spec(read_config(checkpoint)), sparsity, context)
     return Cost(model_macs(model, sparsity).sparse, bytes_engine=sum(read.values()), bytes_by_kind=read)

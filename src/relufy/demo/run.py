@@ -11,7 +11,7 @@ from relufy.demo.options import STAGES, DemoOptions
 from relufy.demo.result import DemoResult, Variant
 from relufy.demo.watch import Silent, Watch
 from relufy.files import replacing
-from relufy.hub import model_folder
+from relufy.hub import model_folder, read_config
 from relufy.recipe import Finetune
 
 
@@ -39,12 +39,11 @@ def _run(options: DemoOptions, folder: Path, watch: Watch) -> DemoResult:
     from relufy.demo import engine_runs, stages
     from relufy.demo.about import describe_model
     from relufy.demo.texts import prepare
-    from relufy.engine.pack import read_json
     from relufy.engine.spec import decoder_spec
     from relufy.model.checkpoint import load_model, load_tokenizer
 
     source = model_folder(options.model)
-    decoder_spec(read_json(source / "config.json"))  # refuses early what the engine can't run in the end
+    decoder_spec(read_config(source))  # refuses early what the engine can't run in the end
     watch.step("the dense model", commands.info(options))
     dense, tokenizer = load_model(source), load_tokenizer(source)
     about = describe_model(options.model, source, dense)

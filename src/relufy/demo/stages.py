@@ -44,7 +44,7 @@ def dense_variant(bench: Bench) -> Variant:
     variant = Variant("dense", "dense", checkpoint=bench.options.model)
     measure_into(variant, bench, bench.dense, bench.source)
     if bench.has_real_text:
-        variant.perplexity = perplexity_of(bench, bench.dense)
+        variant.perplexity_before = perplexity_of(bench, bench.dense)
     return variant
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from relufy.activation_sparsity import activation_name, read_activation_sparsity
-from relufy.engine.pack import read_json
 from relufy.engine.packed_file import DTYPES, LAYOUTS, RAW, VERSION, is_packed_file, read_header
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
-from relufy.hub import model_folder
+from relufy.hub import model_folder, read_config
 
 SIZES = {
     "layers": "num_hidden_layers",
@@ -38,7 +37,7 @@ def _folder(model: str | Path) -> Path:
 
 
 def _checkpoint_info(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     weights = SafetensorsFolder(folder)
     parameters = sum(prod(weights.shape(name)) for name in weights.names())
     return {"kind": "checkpoint", "path": str(folder), "parameters": parameters, **_config_info(config)}

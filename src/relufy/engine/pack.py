@@ -19,7 +19,7 @@ from relufy.engine.packed_file import METADATA, PADDING, PackedFileWriter, padde
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import ACTIVATIONS, DecoderSpec, LayerSpec, decoder_spec
 from relufy.errors import UserError
-from relufy.hub import model_folder
+from relufy.hub import model_folder, read_config
 
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """Small files of a checkpoint that travel in the packed file."""
@@ -51,7 +51,7 @@ def pack(model: str | Path, output: Path | str, dtype: str = "f32", progress: Pr
     if dtype not in DTYPES:
         raise UserError(f"weights can't be packed as {dtype!r} yet; there is {', '.join(DTYPES)}")
     folder = model_folder(model)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     spec = decoder_spec(config)
     weights = SafetensorsFolder(folder)
     _check_shapes(weights, spec)
@@ -66,19 +66,6 @@ def pack(model: str | Path, output: Path | str, dtype: str = "f32", progress: Pr
             if progress:
                 progress(done, len(steps))
     return Path(output)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. Raises UserError if the file is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no {path.name}")
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return data
 
 
 def _metadata(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

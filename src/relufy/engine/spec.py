@@ -20,6 +20,10 @@ FAMILIES = ("llama", "mistral")
 ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "relu2": 2}
 """The engine's number for each activation (csrc/kernels.h, Activation)."""
 
+UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "sliding_window": None}
+"""Settings that must be off, and what they are where a configuration does not say."""
+UNSUPPORTED_DEFAULTS = {"mistral": {"sliding_window": 4096}}
+
 ATTENTION_INPUT = ("q", "k", "v")
 MLP_INPUT = ("gate", "up")
 
@@ -61,9 +65,11 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"the engine can't run models of type {family!r} yet; it runs {', '.join(FAMILIES)}")
-    for key, unsupported in _unsupported(config).items():
-        if unsupported:
-            raise UserError(f"the engine can't run this {family} model yet: it has {key}={config[key]!r}")
+    for key, default in {**UNSUPPORTED, **UNSUPPORTED_DEFAULTS.get(family, {})}.items():
+        if config.get(key, default):
+            raise UserError(
+                f"the engine can't run this {family} model yet: it has {key}={config.get(key, default)}"
+            )
     try:
         num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_dim = int(config.get("head_dim") or hidden_size // num_heads)
@@ -89,14 +95,6 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
             f"config.json: {num_heads} heads of {head_dim} over {spec.num_kv_heads} can't be right"
         )
     return spec
-
-
-def _unsupported(config: Mapping[str, Any]) -> dict[str, bool]:
-    return {
-        "attention_bias": bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "sliding_window": config.get("sliding_window") is not None,
-    }
 
 
 def _layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerSpec, ...]:

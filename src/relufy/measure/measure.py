@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relufy.engine.pack import read_json
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
-from relufy.hub import model_folder
+from relufy.hub import model_folder, read_config
 from relufy.measure.cost import DenseSparse, LayerShapes, Sparsity, bytes_engine, macs_paper
 from relufy.measure.quality import Perplexity, perplexity
 from relufy.measure.sparsity import measure_sparsity
@@ -74,7 +73,7 @@ def measure(
     windows = read_windows(files, tokenizer, window)[:max_windows]
     loaded = load_model(folder)
     sites = measure_sparsity(loaded, windows, batch_size)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     engine_bytes, engine_note = _bytes_engine(config, sites.sparsity, window // 2)
     own = perplexity(loaded, windows, batch_size)
     macs = model_macs(loaded, sites.sparsity)

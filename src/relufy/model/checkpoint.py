@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from relufy.activation_sparsity import BLOCK_KEY
 from relufy.errors import UserError
 from relufy.files import replacing
-from relufy.hub import model_folder
+from relufy.hub import model_folder, read_config
 from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
 from relufy.model.plugin import register
 from relufy.model.provenance import versions
@@ -27,7 +27,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     causal language model.
     """
     folder = model_folder(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     refuse_quantized(config, str(folder))
     _check_weights(folder)
     try:
@@ -93,19 +93,6 @@ def _complete_config(model: PreTrainedModel, file: Path, provenance: dict[str, A
 
 def _has_pointer(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no config.json, so it is not a checkpoint")
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {_one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return config
 
 
 def _check_weights(folder: Path) -> None:
