@@ -7,7 +7,7 @@ from relufy.demo.result import Variant
 from relufy.demo.watch import Watch
 from relufy.engine import Engine, pack
 
-ROUNDS = 5
+ROUNDS = 25
 """Timed runs of each variant."""
 TIMED_TOKENS = 96
 SHOWN_TOKENS = 60
