@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def packed_model(model: str | Path, dtype: str = "f32") -> Path:
     if not is_packed_file(target):
         pack(folder, target, dtype)
         _evict(keep=target)
-    os.utime(target, (time.time(), target.stat().st_mtime))
+    os.utime(target)  # its time of change is when it was last used: reading alone may not leave a trace
     return target
 
 
@@ -82,7 +81,7 @@ def _entry(path: Path) -> CacheEntry:
         model = str(read_header(path).metadata().get("model", "?"))
     except UserError:
         model = "damaged"
-    return CacheEntry(path, path.stat().st_size, path.stat().st_atime, model)
+    return CacheEntry(path, path.stat().st_size, path.stat().st_mtime, model)
 
 
 def _evict(keep: Path) -> None:
