@@ -27,9 +27,12 @@ def lines_of(document: Any, indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{key}:", *lines_of(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            items = (", ".join(f"{k}: {v}" for k, v in item.items()) for item in value)
+            items = (", ".join(f"{k}: {_words(v)}" for k, v in item.items()) for item in value)
             lines += [f"{indent}{key}:", *(f"{indent}  - {item}" for item in items)]
         else:
-            words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append(f"{indent}{key}: {words}")
+            lines.append(f"{indent}{key}: {_words(value)}")
     return lines
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

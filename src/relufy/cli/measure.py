@@ -45,13 +45,14 @@ def command(
 
 
 def show_sparsity(found: "Measurement") -> None:
-    """Print a table of sites and layers."""
-    num_layers = max(map(len, found.sparsity.values()))
+    """Print a table of layers and sites, and their means."""
+    by_layer = list(zip(*found.sparsity.values(), strict=True))
+    means = [sum(shares) / len(shares) for shares in found.sparsity.values()]
     rows = [
-        [site, f"{sum(shares) / len(shares):.1%}", *(f"{share:.1%}" for share in shares)]
-        for site, shares in found.sparsity.items()
+        [name, *(f"{share:.1%}" for share in shares)]
+        for name, shares in (*enumerate(by_layer), ("mean", means))
     ]
-    print_table("sparsity", ["site", "mean", *(f"layer {layer}" for layer in range(num_layers))], rows)
+    print_table("sparsity", ["layer", *found.sparsity], [[str(cell) for cell in row] for row in rows])
 
 
 def show_costs(found: "Measurement") -> None:

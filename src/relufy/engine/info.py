@@ -14,14 +14,15 @@ from relufy.errors import UserError
 from relufy.hub import model_folder, read_config
 
 SIZES = {
-    "layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "vocab_size": "vocab_size",
-    "context": "max_position_embeddings",
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "vocab_size": ("vocab_size",),
+    "context": ("max_position_embeddings", "n_positions"),
 }
+"""What a model's dimensions are called here, and in the configurations of its families."""
 
 
 def info(model: str | Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _config_info(config: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "activation": activation_name(config),
-        "sizes": {name: config[key] for name, key in SIZES.items() if config.get(key) is not None},
+        "sizes": {n: config[k] for n, keys in SIZES.items() for k in keys if config.get(k) is not None},
         "sparsifiers": sparsity.to_block()["sparsifiers"],
         "recipe": sparsity.recipe.get("name"),
         "provenance": sparsity.provenance,
