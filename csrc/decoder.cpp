@@ -34,10 +34,6 @@ Layer read_layer(const PackedFile& file, const Decoder& d, size_t index) {
   layer.shift = static_cast<float>(file.number(prefix + "shift"));
   layer.attention_input_relu = file.whole(prefix + "attention_input_relu", 0, 1) == 1;
   layer.mlp_input_relu = file.whole(prefix + "mlp_input_relu", 0, 1) == 1;
-  for (const Tensor* t : {layer.gate, layer.up})
-    if (t && t->layout == Layout::panels && t->panel != d.neurons_per_partition)
-      throw FileError(
-          "the packed file is damaged: panels of gate or up that are not its partitions of neurons");
   return layer;
 }
 

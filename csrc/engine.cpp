@@ -6,14 +6,17 @@
 namespace relufy {
 namespace {
 
-constexpr size_t kTaskFloats = 16384;  // weights in one task of a dense product: 64 KiB
+constexpr size_t kTaskFloats = 16384;  // weights in a task of rows: 64 KiB
+constexpr size_t kTaskColumns = 512;  // the least outputs in a task of columns: short runs of memory are slow
 
-size_t rows_per_task(const Tensor& w) {
-  return std::max(kPadding, kTaskFloats / w.stride / kPadding * kPadding);
-}
+size_t round_up_quotient(size_t a, size_t b) { return (a + b - 1) / b; }
 
-size_t num_tasks(const Tensor& w) {
-  return w.layout == Layout::panels ? w.num_panels() : (w.rows + rows_per_task(w) - 1) / rows_per_task(w);
+// How many outputs a task takes on: of rows, few, so that nobody waits long; of columns, as many as the
+// threads allow, so that each stored row is read in long runs. Neither changes a bit of the result.
+size_t outputs_per_task(const Tensor& w, size_t threads) {
+  if (w.layout == Layout::rows) return std::max(kPadding, kTaskFloats / w.stride / kPadding * kPadding);
+  size_t tasks = std::clamp<size_t>(w.stride / kTaskColumns, 1, threads);
+  return padded(round_up_quotient(w.stride, tasks));
 }
 
 }  // namespace
@@ -42,11 +45,12 @@ void Engine::allocate() {
   keys_ = make_buffer<float>(kChunk * key_width_);
   values_ = make_buffer<float>(kChunk * key_width_);
   attended_ = make_buffer<float>(kChunk * query_width_);
+  gates_ = make_buffer<float>(kChunk * neuron_width_);
   auto is_sparse = [](const Layer& layer) { return layer.has_sparse_neurons(); };
   if (std::any_of(d.layers.begin(), d.layers.end(), is_sparse))
     partials_ = make_buffer<float>(d.num_partitions() * kChunk * width_);
   if (!std::all_of(d.layers.begin(), d.layers.end(), is_sparse))
-    neurons_ = make_buffer<float>(kChunk * neuron_width_);
+    ups_ = make_buffer<float>(kChunk * neuron_width_);
   cosines_ = make_buffer<float>(kChunk * d.head_dim / 2);
   sines_ = make_buffer<float>(kChunk * d.head_dim / 2);
   inputs_ = make_buffer<uint32_t>(width_ + 1);
@@ -56,8 +60,6 @@ void Engine::allocate() {
   size_t num_blocks = (std::min(context_, d.max_context) + kKvBlock - 1) / kKvBlock;
   for (size_t i = 0; i < pool_.size(); ++i) {
     Scratch scratch;
-    scratch.gate = make_buffer<float>(kChunk * d.neurons_per_partition);
-    scratch.up = make_buffer<float>(kChunk * d.neurons_per_partition);
     scratch.scores = make_buffer<float>(num_blocks * kKvBlock);
     scratch.list = make_buffer<uint32_t>(d.neurons_per_partition + 1);
     scratch.blocks = make_buffer<const float*>(num_blocks);
@@ -232,27 +234,36 @@ void Engine::list_inputs(bool has_relu, size_t tokens, uint64_t* used) {
 // for.
 void Engine::project(std::span<const Projection> projections, const float* x, size_t x_stride, size_t tokens,
                      Team& team) {
+  auto num_tasks = [&](const Tensor& w) {
+    return round_up_quotient(w.rows, outputs_per_task(w, pool_.size()));
+  };
   size_t total = 0;
   for (const Projection& p : projections) total += num_tasks(*p.weight);
   team.for_each(total, [&](size_t task) {
     const Projection* p = projections.data();
     for (; task >= num_tasks(*p->weight); ++p) task -= num_tasks(*p->weight);
-    const Tensor& w = *p->weight;
-    Scratch& scratch = scratch_[team.thread()];
-    if (w.layout == Layout::panels) {
-      kernels_.panel(w.panel_data(task), w.panel_width(task), inputs_.get(), num_inputs_, x, x_stride, tokens,
-                     p->y + task * w.panel, p->y_stride);
-      scratch.weight_bytes += num_inputs_ * w.panel_width(task) * sizeof(float);
-    } else {
-      size_t first = task * rows_per_task(w), rows = std::min(rows_per_task(w), w.rows - first);
-      kernels_.dot_rows(w.data + first * w.stride, w.stride, rows, x, x_stride, tokens, p->y + first,
-                        p->y_stride);
-      scratch.weight_bytes += rows * w.stride * sizeof(float);
-      if (!p->adds_to_hidden) return;
-      for (size_t t = 0; t < tokens; ++t)
-        kernels_.add(p->y + t * p->y_stride + first, &hidden_[t * width_ + first], padded(rows));
-    }
+    project_part(*p, task, x, x_stride, tokens, scratch_[team.thread()]);
   });
+}
+
+void Engine::project_part(const Projection& projection, size_t task, const float* x, size_t x_stride,
+                          size_t tokens, Scratch& scratch) {
+  const Tensor& w = *projection.weight;
+  size_t size = outputs_per_task(w, pool_.size()), first = task * size;
+  float* y = projection.y + first;
+  if (w.layout == Layout::columns) {
+    size_t width = std::min(size, w.stride - first);
+    kernels_.sum_columns(w.data + first, w.stride, width, inputs_.get(), num_inputs_, x, x_stride, tokens, y,
+                         projection.y_stride);
+    scratch.weight_bytes += num_inputs_ * width * sizeof(float);
+    return;
+  }
+  size_t rows = std::min(size, w.rows - first);
+  kernels_.dot_rows(w.data + first * w.stride, w.stride, rows, x, x_stride, tokens, y, projection.y_stride);
+  scratch.weight_bytes += rows * w.stride * sizeof(float);
+  if (!projection.adds_to_hidden) return;
+  for (size_t t = 0; t < tokens; ++t)
+    kernels_.add(y + t * projection.y_stride, &hidden_[t * width_ + first], padded(rows));
 }
 
 void Engine::attention(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team) {
@@ -294,11 +305,12 @@ void Engine::attend_head(size_t layer, size_t kv_head, std::span<const Token> to
 }
 
 void Engine::mlp(const Layer& layer, size_t index, size_t tokens, Team& team) {
+  project_columns(layer, tokens, team);
   if (!layer.has_sparse_neurons()) {
     team.for_each(decoder_.num_partitions(),
                   [&](size_t p) { dense_partition(layer, index, p, tokens, scratch_[team.thread()]); });
     const Projection down{layer.down, projected_.get(), width_, true};
-    project({&down, 1}, neurons_.get(), neuron_width_, tokens, team);
+    project({&down, 1}, gates_.get(), neuron_width_, tokens, team);
     return;
   }
   team.for_each(decoder_.num_partitions(),
@@ -309,52 +321,57 @@ void Engine::mlp(const Layer& layer, size_t index, size_t tokens, Team& team) {
   });
 }
 
-// The rows of gate or up that belong to a partition of neurons: y[t] at y + t * neurons_per_partition.
-void Engine::gate_rows(const Tensor& w, size_t partition, size_t tokens, float* y, Scratch& scratch) {
-  size_t size = decoder_.neurons_per_partition, first = partition * size;
-  if (w.layout == Layout::panels) {
-    kernels_.panel(w.panel_data(partition), w.panel_width(partition), inputs_.get(), num_inputs_,
-                   normed_.get(), width_, tokens, y, size);
-    scratch.weight_bytes += num_inputs_ * w.panel_width(partition) * sizeof(float);
-  } else {
-    size_t rows = std::min(size, w.rows - first);
-    kernels_.dot_rows(w.data + first * w.stride, w.stride, rows, normed_.get(), width_, tokens, y, size);
-    scratch.weight_bytes += rows * w.stride * sizeof(float);
-  }
+// Gate, and up where it stands alone, for all neurons at once: those that are stored by column.
+void Engine::project_columns(const Layer& layer, size_t tokens, Team& team) {
+  Projection projections[2];
+  size_t count = 0;
+  if (layer.gate->layout == Layout::columns) projections[count++] = {layer.gate, gates_.get(), neuron_width_};
+  if (layer.up && layer.up->layout == Layout::columns)
+    projections[count++] = {layer.up, ups_.get(), neuron_width_};
+  if (count > 0) project({projections, count}, normed_.get(), width_, tokens, team);
+}
+
+// The same for one partition: those that are stored by row.
+void Engine::project_rows(const Tensor& w, size_t first, size_t neurons, size_t tokens, float* y,
+                          Scratch& scratch) {
+  if (w.layout == Layout::columns) return;
+  kernels_.dot_rows(w.data + first * w.stride, w.stride, neurons, normed_.get(), width_, tokens, y + first,
+                    neuron_width_);
+  scratch.weight_bytes += neurons * w.stride * sizeof(float);
 }
 
 // gate -> activation -> list of active neurons -> their rows of up and columns of down, without leaving the
 // partition.
 void Engine::sparse_partition(const Layer& layer, size_t index, size_t partition, size_t tokens,
                               Scratch& scratch) {
-  size_t size = decoder_.neurons_per_partition, first = partition * size;
-  size_t neurons = std::min(size, decoder_.intermediate_size - first);
-  float* gate = scratch.gate.get();
-  gate_rows(*layer.gate, partition, tokens, gate, scratch);
+  size_t first = partition * decoder_.neurons_per_partition;
+  size_t neurons = std::min(decoder_.neurons_per_partition, decoder_.intermediate_size - first);
+  float* gate = &gates_[first];
+  project_rows(*layer.gate, first, neurons, tokens, gates_.get(), scratch);
   for (size_t t = 0; t < tokens; ++t)
-    kernels_.activate(layer.activation, layer.shift, gate + t * size, padded(neurons));
-  size_t listed =
-      list_needed(true, gate, size, tokens, neurons, scratch.list.get(), &scratch.neurons_used[index]);
+    kernels_.activate(layer.activation, layer.shift, gate + t * neuron_width_, padded(neurons));
+  size_t listed = list_needed(true, gate, neuron_width_, tokens, neurons, scratch.list.get(),
+                              &scratch.neurons_used[index]);
   float* sum = &partials_[partition * kChunk * width_];
   std::fill_n(sum, tokens * width_, 0.0f);
   const Tensor& bundle = *layer.up_down;
   kernels_.neurons(bundle.data + first * 2 * bundle.stride, bundle.stride, scratch.list.get(), listed, gate,
-                   size, normed_.get(), width_, tokens, !skip_, sum, width_);
+                   neuron_width_, normed_.get(), width_, tokens, !skip_, sum, width_);
   scratch.weight_bytes += listed * (2 * bundle.stride * sizeof(float) + sizeof(uint32_t));
 }
 
+// gate <- activation(gate) * up, for the neurons of a partition.
 void Engine::dense_partition(const Layer& layer, size_t index, size_t partition, size_t tokens,
                              Scratch& scratch) {
-  size_t size = decoder_.neurons_per_partition, first = partition * size;
-  size_t neurons = std::min(size, decoder_.intermediate_size - first);
-  float *gate = scratch.gate.get(), *up = scratch.up.get();
-  gate_rows(*layer.gate, partition, tokens, gate, scratch);
-  gate_rows(*layer.up, partition, tokens, up, scratch);
+  size_t first = partition * decoder_.neurons_per_partition;
+  size_t neurons = std::min(decoder_.neurons_per_partition, decoder_.intermediate_size - first);
+  project_rows(*layer.gate, first, neurons, tokens, gates_.get(), scratch);
+  project_rows(*layer.up, first, neurons, tokens, ups_.get(), scratch);
   for (size_t t = 0; t < tokens; ++t) {
-    float* y = &neurons_[t * neuron_width_ + first];
-    kernels_.activate(layer.activation, layer.shift, gate + t * size, padded(neurons));
-    kernels_.multiply(gate + t * size, up + t * size, y, padded(neurons));
-    std::fill(y + neurons, y + padded(neurons), 0.0f);
+    float *gate = &gates_[t * neuron_width_ + first], *up = &ups_[t * neuron_width_ + first];
+    kernels_.activate(layer.activation, layer.shift, gate, padded(neurons));
+    kernels_.multiply(gate, up, gate, padded(neurons));
+    std::fill(gate + neurons, gate + padded(neurons), 0.0f);
   }
   scratch.neurons_used[index] += tokens * neurons;
 }

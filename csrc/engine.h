@@ -78,13 +78,13 @@ class Engine {
     bool wants_logits;
   };
   struct Projection {
-    const Tensor* weight;
-    float* y;
-    size_t y_stride;
+    const Tensor* weight = nullptr;
+    float* y = nullptr;
+    size_t y_stride = 0;
     bool adds_to_hidden = false;  // then in rows, and y is projected_
   };
   struct Scratch {  // one for each thread
-    Buffer<float> gate, up, scores;
+    Buffer<float> scores;
     Buffer<uint32_t> list;
     Buffer<const float*> blocks;
     std::vector<uint64_t> neurons_used;  // by layer
@@ -104,13 +104,16 @@ class Engine {
   void normalise(const float* weight, bool has_relu, size_t tokens, uint64_t* used, Team& team);
   void project(std::span<const Projection> projections, const float* x, size_t x_stride, size_t tokens,
                Team& team);
+  void project_part(const Projection& projection, size_t task, const float* x, size_t x_stride, size_t tokens,
+                    Scratch& scratch);
   void attention(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team);
   void attend_head(size_t layer, size_t kv_head, std::span<const Token> tokens, Scratch& scratch);
   void mlp(const Layer& layer, size_t index, size_t tokens, Team& team);
   void sparse_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
   void dense_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
   void head(std::span<const Token> tokens, float* logits, Team& team);
-  void gate_rows(const Tensor& weight, size_t partition, size_t tokens, float* y, Scratch& scratch);
+  void project_columns(const Layer& layer, size_t tokens, Team& team);
+  void project_rows(const Tensor& w, size_t first, size_t neurons, size_t tokens, float* y, Scratch& scratch);
 
   PackedFile file_;
   Decoder decoder_;
@@ -124,8 +127,8 @@ class Engine {
   size_t width_, query_width_, key_width_, neuron_width_;  // padded
   Buffer<float> hidden_, normed_, projected_;              // kChunk x width_
   Buffer<float> queries_, keys_, values_, attended_;
-  Buffer<float> neurons_;   // kChunk x neuron_width_: where the neurons are dense
-  Buffer<float> partials_;  // partitions x kChunk x width_: where they are sparse
+  Buffer<float> gates_, ups_;  // kChunk x neuron_width_; ups_ where neurons are dense
+  Buffer<float> partials_;     // partitions x kChunk x width_: where they are sparse
   Buffer<float> cosines_, sines_;
   Buffer<uint32_t> inputs_, all_;  // the inputs that some token needs, and 0, 1, 2, ...
   size_t num_inputs_ = 0;

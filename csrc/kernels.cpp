@@ -73,10 +73,10 @@ inline void normalise_zero(float* y, size_t n) {
 }
 
 template <size_t N>
-inline void panel_inputs(const float* w, size_t width, const uint32_t* inputs, const float* x,
-                         size_t x_stride, size_t tokens, float* y, size_t y_stride) {
+inline void add_columns(const float* w, size_t stride, size_t width, const uint32_t* inputs, const float* x,
+                        size_t x_stride, size_t tokens, float* y, size_t y_stride) {
   const float* rows[N];
-  for (size_t r = 0; r < N; ++r) rows[r] = w + inputs[r] * width;
+  for (size_t r = 0; r < N; ++r) rows[r] = w + inputs[r] * stride;
   for (size_t t = 0; t < tokens; ++t) {
     float coefficients[N];
     for (size_t r = 0; r < N; ++r) coefficients[r] = x[t * x_stride + inputs[r]];
@@ -84,13 +84,13 @@ inline void panel_inputs(const float* w, size_t width, const uint32_t* inputs, c
   }
 }
 
-void panel(const float* w, size_t width, const uint32_t* inputs, size_t num_inputs, const float* x,
-           size_t x_stride, size_t tokens, float* y, size_t y_stride) {
+void sum_columns(const float* w, size_t stride, size_t width, const uint32_t* inputs, size_t num_inputs,
+                 const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
   for (size_t t = 0; t < tokens; ++t) clear(y + t * y_stride, width);
   size_t i = 0;
   for (; i + kRows <= num_inputs; i += kRows)
-    panel_inputs<kRows>(w, width, inputs + i, x, x_stride, tokens, y, y_stride);
-  for (; i < num_inputs; ++i) panel_inputs<1>(w, width, inputs + i, x, x_stride, tokens, y, y_stride);
+    add_columns<kRows>(w, stride, width, inputs + i, x, x_stride, tokens, y, y_stride);
+  for (; i < num_inputs; ++i) add_columns<1>(w, stride, width, inputs + i, x, x_stride, tokens, y, y_stride);
   for (size_t t = 0; t < tokens; ++t) normalise_zero(y + t * y_stride, width);
 }
 
@@ -230,7 +230,7 @@ const Kernels table = {
 #define RELUFY_STRING(isa) RELUFY_NAME(isa)
     RELUFY_STRING(RELUFY_KERNELS),
     dot_rows,
-    panel,
+    sum_columns,
     neurons,
     list_active,
     activate,

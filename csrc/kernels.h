@@ -28,11 +28,10 @@ struct Kernels {
   void (*dot_rows)(const float* w, size_t stride, size_t rows, const float* x, size_t x_stride, size_t tokens,
                    float* y, size_t y_stride);
 
-  // y[t][0..width) = sum of x[t][i] * w[i][0..width) over the listed inputs i, in ascending order.
-  // `w` is one input-major panel: row i holds what input i adds to the panel's outputs. width % kPadding ==
-  // 0.
-  void (*panel)(const float* w, size_t width, const uint32_t* inputs, size_t num_inputs, const float* x,
-                size_t x_stride, size_t tokens, float* y, size_t y_stride);
+  // y[t][0..width) = sum of x[t][i] * w[i][0..width) over the listed inputs i, in ascending order: the layout
+  // for sparse inputs. Stored row i holds what input i adds to the outputs. width % kPadding == 0.
+  void (*sum_columns)(const float* w, size_t stride, size_t width, const uint32_t* inputs, size_t num_inputs,
+                      const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride);
 
   // y[t] += (g[t][i] * dot(up_i, x[t])) * down_i over the listed neurons i, in ascending order, where g[t][i]
   // is not zero or `all` is set. Neuron i is stored as [up_i | down_i], `stride` floats each, side by side.

@@ -45,9 +45,9 @@ struct TensorRecord {
   char name[64];
   uint32_t dtype;
   uint32_t layout;
-  uint64_t rows, columns, stride, panel;
+  uint64_t rows, columns, stride;
   uint64_t offset, bytes;
-  char reserved[8];
+  char reserved[16];
 };
 static_assert(sizeof(TensorRecord) == 128);
 
@@ -56,7 +56,7 @@ std::string name_of(const char* name, size_t capacity) { return std::string(name
 // How many floats a tensor takes by its own description; only called with dimensions up to kMaxDimension.
 uint64_t floats_needed(const TensorRecord& r) {
   switch (static_cast<Layout>(r.layout)) {
-    case Layout::panels:
+    case Layout::columns:
       return r.columns * r.stride;
     case Layout::bundle:
       return r.rows * 2 * r.stride;
@@ -69,9 +69,7 @@ bool is_consistent(const TensorRecord& r) {
   if (r.rows == 0 || r.columns == 0 || r.rows > kMaxDimension || r.columns > kMaxDimension) return false;
   auto layout = static_cast<Layout>(r.layout);
   if (layout == Layout::vector && r.rows != 1) return false;
-  if (r.stride != padded(layout == Layout::panels ? r.rows : r.columns)) return false;
-  bool has_panel = layout == Layout::panels;
-  if (has_panel != (r.panel > 0) || r.panel % kPadding != 0 || r.panel > kMaxDimension) return false;
+  if (r.stride != padded(layout == Layout::columns ? r.rows : r.columns)) return false;
   return r.bytes == floats_needed(r) * sizeof(float);
 }
 
@@ -163,7 +161,6 @@ void PackedFile::parse_tensor(const unsigned char* bytes, size_t header_bytes) {
                           record.rows,
                           record.columns,
                           record.stride,
-                          record.panel,
                           record.bytes,
                           reinterpret_cast<const float*>(base_ + record.offset)};
 }
@@ -193,8 +190,8 @@ const Tensor& PackedFile::tensor(const std::string& name, Layout layout, size_t 
 
 const Tensor& PackedFile::matrix(const std::string& name, size_t rows, size_t columns) const {
   auto found = tensors_.find(name);
-  bool is_panels = found != tensors_.end() && found->second.layout == Layout::panels;
-  return tensor(name, is_panels ? Layout::panels : Layout::rows, rows, columns);
+  bool is_columns = found != tensors_.end() && found->second.layout == Layout::columns;
+  return tensor(name, is_columns ? Layout::columns : Layout::rows, rows, columns);
 }
 
 }  // namespace relufy

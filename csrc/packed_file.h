@@ -21,25 +21,19 @@ struct FileError : std::runtime_error {
 };
 
 enum class Layout : uint32_t {
-  raw = 0,     // bytes for other readers: metadata, tokenizer, checksums
-  vector = 1,  // one row
-  rows = 2,    // a stored row holds one output's weights
-  panels = 3,  // panels of `panel` outputs; in a panel, a stored row holds one input's weights
-  bundle = 4,  // a stored row holds one neuron: [up_i | down_i], each `stride` floats
+  raw = 0,      // bytes for other readers: metadata, tokenizer, checksums
+  vector = 1,   // one row
+  rows = 2,     // a stored row holds one output's weights
+  columns = 3,  // a stored row holds one input's weights to all outputs
+  bundle = 4,   // a stored row holds one neuron: [up_i | down_i], each `stride` floats
 };
 
 struct Tensor {
   Layout layout;
   size_t rows, columns;  // of the matrix: outputs, inputs (bundle: neurons, hidden size)
-  size_t stride;         // floats between stored rows (panels: outputs rounded up to the padding)
-  size_t panel;          // outputs in a panel, 0 in other layouts
+  size_t stride;         // floats between stored rows
   size_t bytes;          // of the payload
   const float* data;
-
-  // Panel p starts at input 0 and is `panel_width(p)` outputs wide; the last may be narrower.
-  size_t num_panels() const { return (rows + panel - 1) / panel; }
-  size_t panel_width(size_t p) const { return p + 1 < num_panels() ? panel : stride - p * panel; }
-  const float* panel_data(size_t p) const { return data + p * panel * columns; }
 };
 
 class PackedFile {
@@ -58,7 +52,7 @@ class PackedFile {
   // A tensor that must be there with this layout and shape.
   const Tensor& tensor(const std::string& name, Layout layout, size_t rows, size_t columns) const;
 
-  // A matrix in whichever of `rows` and `panels` it was packed.
+  // A matrix in whichever of `rows` and `columns` it was packed.
   const Tensor& matrix(const std::string& name, size_t rows, size_t columns) const;
 
  private:

@@ -31,7 +31,7 @@ def test_every_layout_holds_the_weights(tmp_path):
         writer.add_blob("blob", b"hello")
         writer.add_rows("rows", weight)
         writer.add_vector("vector", weight[:, 0])
-        writer.add_panels("panels", weight, 16)
+        writer.add_columns("columns", weight)
         writer.add_bundle("bundle", weight, down)
     header = read_header(path)
     assert header.numbers == {"x": 1.5} and header.blob("blob") == b"hello"
@@ -41,20 +41,19 @@ def test_every_layout_holds_the_weights(tmp_path):
     bundle = read_floats(path, "bundle").reshape(37, 2, 16)
     assert np.array_equal(bundle[:, 0, :5], weight) and np.array_equal(bundle[:, 1, :5], down.T)
     assert not bundle[:, :, 5:].any()
-    panels = read_floats(path, "panels")
-    first, last = panels[: 5 * 16].reshape(5, 16), panels[2 * 5 * 16 :].reshape(5, 16)
-    assert np.array_equal(first, weight[:16].T) and np.array_equal(last[:, :5], weight[32:].T)
+    columns = read_floats(path, "columns").reshape(5, 48)
+    assert np.array_equal(columns[:, :37], weight.T) and not columns[:, 37:].any()
 
 
 def test_layouts_follow_what_can_be_skipped(make_checkpoint, tmp_path):
     expected = {
         "dense": {"q": "rows", "gate": "rows", "up": "rows", "down": "rows"},
         "stage1": {"q": "rows", "gate": "rows", "up_down": "bundle"},
-        "stage2": {"q": "panels", "gate": "panels", "up_down": "bundle"},
+        "stage2": {"q": "columns", "gate": "columns", "up_down": "bundle"},
     }
     for recipe, layouts in expected.items():
         described = read_header(pack(make_checkpoint(recipe), tmp_path / recipe)).tensors
-        names = ("raw", "vector", "rows", "panels", "bundle")
+        names = ("raw", "vector", "rows", "columns", "bundle")
         mlp = {n.split(".")[2]: names[e.layout] for n, e in described.items() if n.startswith("layers.1.")}
         assert {name: mlp[name] for name in layouts} == layouts
         assert ("up" in mlp) == (recipe == "dense")
@@ -123,7 +122,6 @@ def with_numbers(path: Path, **changes: float) -> None:
         {"num_kv_heads": 2.0},
         {"vocab_size": float("nan")},
         {"neurons_per_partition": 8.0},
-        {"neurons_per_partition": 64.0},
         {"layers.0.activation": 17.0},
     ],
     ids=str,

@@ -1,7 +1,7 @@
 """From a Hugging Face checkpoint folder to one packed file, without torch.
 
 The layout follows what can be skipped. Rows of weights are stored side by side by output where all are read
-or rows are skipped; by input, in panels, where the input has zeros; and `[up_i | down_i]` by neuron where
+or rows are skipped; by input where the input has zeros; and `[up_i | down_i]` by neuron where
 neurons are skipped.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from relufy.activation_sparsity import read_activation_sparsity
-from relufy.engine.packed_file import METADATA, PADDING, PackedFileWriter, padded
+from relufy.engine.packed_file import METADATA, PackedFileWriter, padded
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import ACTIVATIONS, DecoderSpec, LayerSpec, decoder_spec
 from relufy.errors import UserError
@@ -26,7 +26,6 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 
 DTYPES = ("f32",)
 MAX_PARTITIONS = 16
-MAX_PANEL = 256
 
 Progress = Callable[[int, int], None]
 """Called with the tensors written so far and their total."""
@@ -35,11 +34,6 @@ Progress = Callable[[int, int], None]
 def neurons_per_partition(intermediate_size: int) -> int:
     """Return the size of the fixed groups in which the MLP's neurons are claimed and summed."""
     return padded(-(-intermediate_size // MAX_PARTITIONS))
-
-
-def panel_width(outputs: int) -> int:
-    """Return how many outputs of q, k or v stand side by side in an input-major panel."""
-    return min(MAX_PANEL, max(PADDING, padded(-(-outputs // 4))))
 
 
 def pack(model: str | Path, output: Path | str, dtype: str = "f32", progress: Progress | None = None) -> Path:
@@ -111,29 +105,26 @@ def _tensors(spec: DecoderSpec) -> Iterator[Step]:
     yield _rows("embedding", "model.embed_tokens.weight")
     yield lambda writer, _: writer.add_vector("rope_frequencies", np.array(spec.rope_frequencies, np.float32))
     for index, layer in enumerate(spec.layers):
-        yield from _layer_tensors(spec, layer, f"layers.{index}.", f"model.layers.{index}.")
+        yield from _layer_tensors(layer, f"layers.{index}.", f"model.layers.{index}.")
     yield _vector("final_norm", "model.norm.weight")
     if not spec.tied_head:
         yield _rows("head", "lm_head.weight")
 
 
-def _layer_tensors(spec: DecoderSpec, layer: LayerSpec, prefix: str, source: str) -> Iterator[Step]:
+def _layer_tensors(layer: LayerSpec, prefix: str, source: str) -> Iterator[Step]:
     yield _vector(prefix + "attention_norm", source + "input_layernorm.weight")
     for name in ("q", "k", "v"):
-        heads = spec.num_heads if name == "q" else spec.num_kv_heads
-        panel = panel_width(heads * spec.head_dim) if layer.attention_input_relu else None
-        yield _matrix(prefix + name, f"{source}self_attn.{name}_proj.weight", panel)
+        yield _matrix(prefix + name, f"{source}self_attn.{name}_proj.weight", layer.attention_input_relu)
     yield _rows(prefix + "o", source + "self_attn.o_proj.weight")
     yield _vector(prefix + "mlp_norm", source + "post_attention_layernorm.weight")
-    panel = neurons_per_partition(spec.intermediate_size) if layer.mlp_input_relu else None
-    yield _matrix(prefix + "gate", source + "mlp.gate_proj.weight", panel)
+    yield _matrix(prefix + "gate", source + "mlp.gate_proj.weight", layer.mlp_input_relu)
     up, down = source + "mlp.up_proj.weight", source + "mlp.down_proj.weight"
     if layer.has_sparse_neurons:
         yield lambda writer, weights: writer.add_bundle(
             prefix + "up_down", weights.read(up), weights.read(down)
         )
     else:
-        yield _matrix(prefix + "up", up, panel)
+        yield _matrix(prefix + "up", up, layer.mlp_input_relu)
         yield _rows(prefix + "down", down)
 
 
@@ -145,10 +136,10 @@ def _rows(name: str, source: str) -> Step:
     return lambda writer, weights: writer.add_rows(name, weights.read(source))
 
 
-def _matrix(name: str, source: str, panel: int | None) -> Step:
-    if panel is None:
+def _matrix(name: str, source: str, has_sparse_input: bool) -> Step:
+    if not has_sparse_input:
         return _rows(name, source)
-    return lambda writer, weights: writer.add_panels(name, weights.read(source), panel)
+    return lambda writer, weights: writer.add_columns(name, weights.read(source))
 
 
 def _check_shapes(weights: SafetensorsFolder, spec: DecoderSpec) -> None:

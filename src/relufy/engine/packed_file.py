@@ -2,7 +2,7 @@
 
     header    64 bytes: magic, version, CRC-32 of header and tables, sizes, counts
     numbers   64 bytes each: name, float64. The decoder's specification
-    tensors   128 bytes each: name, type, layout, shape, stride, panel, offset, bytes
+    tensors   128 bytes each: name, type, layout, shape, stride, offset, bytes
     payload   each tensor at a multiple of 64 bytes; last, a CRC-32 for each MiB before it
 
 This module writes the file and reads what Python needs of it; csrc/packed_file.cpp is the engine's reader.
@@ -28,8 +28,8 @@ PADDING = 16
 """Floats that every stored row is a multiple of, so that no kernel has a tail."""
 CHECKED_BYTES = 1 << 20
 
-RAW, VECTOR, ROWS, PANELS, BUNDLE = range(5)
-LAYOUTS = ("raw", "vector", "rows", "panels", "bundle")
+RAW, VECTOR, ROWS, COLUMNS, BUNDLE = range(5)
+LAYOUTS = ("raw", "vector", "rows", "columns", "bundle")
 U8, F32 = range(2)
 DTYPES = ("u8", "f32")
 
@@ -38,7 +38,7 @@ CHECKSUMS = "checksums"
 
 _HEADER = struct.Struct("<8sIIQQII24x")
 _NUMBER = struct.Struct("<56sd")
-_TENSOR = struct.Struct("<64sIIQQQQQQ8x")
+_TENSOR = struct.Struct("<64sIIQQQQQ16x")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class TensorEntry:
     rows: int
     columns: int
     stride: int
-    panel: int
     offset: int
     bytes: int
 
@@ -120,7 +119,7 @@ class PackedFileWriter:
         self._replacing.__exit__(kind, error, trace)
 
     def add_blob(self, name: str, content: bytes) -> None:
-        self._write(TensorEntry(name, U8, RAW, 1, len(content), len(content), 0, 0, len(content)), content)
+        self._write(TensorEntry(name, U8, RAW, 1, len(content), len(content), 0, len(content)), content)
 
     def add_vector(self, name: str, values: np.ndarray) -> None:
         self._add_matrix(name, VECTOR, values[None, :])
@@ -129,29 +128,24 @@ class PackedFileWriter:
         """Store `[outputs, inputs]` with the weights of one output side by side."""
         self._add_matrix(name, ROWS, weight)
 
-    def add_panels(self, name: str, weight: np.ndarray, panel: int) -> None:
-        """Store `[outputs, inputs]` in panels of outputs, the weights of one input side by side in each."""
+    def add_columns(self, name: str, weight: np.ndarray) -> None:
+        """Store `[outputs, inputs]` with the weights of one input side by side."""
         outputs, inputs = weight.shape
-        wide = _pad_columns(np.ascontiguousarray(weight.T))
-        parts = [np.ascontiguousarray(wide[:, i : i + panel]) for i in range(0, outputs, panel)]
-        content = b"".join(part.tobytes() for part in parts)
-        entry = TensorEntry(name, F32, PANELS, outputs, inputs, padded(outputs), panel, 0, len(content))
-        self._write(entry, content)
+        content = _pad_columns(weight.T).astype("<f4").tobytes()
+        self._write(
+            TensorEntry(name, F32, COLUMNS, outputs, inputs, padded(outputs), 0, len(content)), content
+        )
 
     def add_bundle(self, name: str, up: np.ndarray, down: np.ndarray) -> None:
         """Store up `[neurons, hidden]` and down `[hidden, neurons]` as a row `[up_i | down_i]` per neuron."""
         neurons, hidden = up.shape
         content = np.concatenate([_pad_columns(up), _pad_columns(down.T)], axis=1).astype("<f4").tobytes()
-        self._write(
-            TensorEntry(name, F32, BUNDLE, neurons, hidden, padded(hidden), 0, 0, len(content)), content
-        )
+        self._write(TensorEntry(name, F32, BUNDLE, neurons, hidden, padded(hidden), 0, len(content)), content)
 
     def _add_matrix(self, name: str, layout: int, weight: np.ndarray) -> None:
         rows, columns = weight.shape
         content = _pad_columns(weight).astype("<f4").tobytes()
-        self._write(
-            TensorEntry(name, F32, layout, rows, columns, padded(columns), 0, 0, len(content)), content
-        )
+        self._write(TensorEntry(name, F32, layout, rows, columns, padded(columns), 0, len(content)), content)
 
     def _write(self, entry: TensorEntry, content: bytes) -> None:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
@@ -174,9 +168,7 @@ class PackedFileWriter:
         sizes = (self._header_bytes, self._file.seek(0, 2))
         tables = b"".join(_NUMBER.pack(_name(name, 56), value) for name, value in self._numbers.items())
         tables += b"".join(
-            _TENSOR.pack(
-                _name(e.name, 64), e.dtype, e.layout, e.rows, e.columns, e.stride, e.panel, e.offset, e.bytes
-            )
+            _TENSOR.pack(_name(e.name, 64), e.dtype, e.layout, e.rows, e.columns, e.stride, e.offset, e.bytes)
             for e in self._entries
         )
         tables = tables.ljust(self._header_bytes - _HEADER.size, b"\0")
