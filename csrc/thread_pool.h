@@ -41,6 +41,7 @@ class ThreadPool {
   static constexpr std::chrono::microseconds kSpinTime{200};
   static constexpr uint32_t kClosed = uint32_t{1} << 31;
 
+  void stop();
   void run_erased(Erased function, void* context);
   void work(size_t thread);
   bool wait_for_work(uint32_t seen);

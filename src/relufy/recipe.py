@@ -62,6 +62,8 @@ class Finetune:
         for name in ("warmup_steps", "weight_decay", "match_hidden", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, found {getattr(self, name)}")
+        if self.seed >= 1 << 32:
+            raise UserError(f"seed must be below 2**32, found {self.seed}")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts"

@@ -108,3 +108,23 @@ def test_module_and_exit_code() -> None:
         [sys.executable, "-m", "relufy", "nonsense"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["sparsify", "finetune", "demo"])
+def test_a_folder_is_not_written_over_a_file(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("mine")
+    more = {"sparsify": ["bundled"], "finetune": ["bundled", "--data", "self"], "demo": []}[command]
+    recipe = [] if command == "demo" else ["--recipe", "relufy-stage1"]
+    assert main.run([command, *more, "-o", str(file), *recipe]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("mine.txt", "mine")]
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main.run(["pack", "bundled", "-o", str(tmp_path / "file" / "below")]) == 2
+    assert main.run(["pack", "bundled", "-o", str(tmp_path / ("x" * 300))]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import relufy
 from relufy.engine.cache import clear, entries, packed_model
+from relufy.engine.packed_file import verify
 
 
 @pytest.fixture
@@ -57,3 +59,42 @@ def test_a_limit_that_is_no_number_is_refused(checkpoint, monkeypatch):
 def test_a_file_that_is_not_packed_is_refused(checkpoint):
     with pytest.raises(relufy.UserError, match="not a packed file"):
         relufy.Engine(checkpoint / "config.json")
+
+
+def test_threads_that_pack_at_once_get_one_whole_file(checkpoint):
+    with ThreadPoolExecutor(6) as threads:
+        paths = set(threads.map(packed_model, [checkpoint] * 6))
+    assert len(paths) == 1
+    assert verify(paths.pop()) > 0
+
+
+def test_a_damaged_entry_is_packed_again(checkpoint):
+    path = packed_model(checkpoint)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    assert packed_model(checkpoint).read_bytes() == whole
+
+
+def test_clear_removes_what_was_never_finished(checkpoint):
+    unfinished = packed_model(checkpoint).with_name(".x.relufy.123.tmp")
+    unfinished.write_bytes(b"half")
+    clear()
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"\xff"),
+        ("generation_config.json", b"[1"),
+        ("generation_config.json", b"[1]"),
+        ("config.json", b"\xff"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}'),
+        ("model.safetensors.index.json", b"[1]"),
+    ],
+)
+def test_damaged_side_files_are_refused(checkpoint, name, content):
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(relufy.UserError):
+        relufy.Engine(checkpoint).generate("a")

@@ -100,12 +100,19 @@ def test_a_prompt_longer_than_the_context_is_refused(bundled):
         relufy.Engine(bundled, context=32).generate("word " * 100)
 
 
+def test_a_prompt_that_is_no_text_is_refused(engine):
+    with pytest.raises(relufy.UserError, match="UTF-8"):
+        engine.generate("a\ud800b")
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"max_new_tokens": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-320},
+        {"seed": 2**64},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},

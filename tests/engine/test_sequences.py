@@ -71,8 +71,23 @@ def test_rows_of_logits(open_engine):
         ([(1, [[1]])], "flat list"),
         ([(9, [1])], "no sequence 9"),
         ([(1, [1]), (1, [2])], "twice"),
+        ([(1, [[1], [2, 3]])], "pairs of a sequence"),
+        ([1], "pairs of a sequence"),
+        (None, "pairs of a sequence"),
     ],
-    ids=["empty", "too-large", "negative", "huge", "fraction", "nested", "no-sequence", "twice"],
+    ids=[
+        "empty",
+        "too-large",
+        "negative",
+        "huge",
+        "fraction",
+        "nested",
+        "no-sequence",
+        "twice",
+        "ragged",
+        "no-pair",
+        "none",
+    ],
 )
 def test_bad_work_is_refused_and_changes_nothing(open_engine, work, message):
     engine = open_engine()
@@ -106,7 +121,9 @@ def test_the_models_own_context_is_a_limit(open_engine):
         engine.step([(sequence, [5])])
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"context": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"context": 0}, {"threads": 40000}, {"context": 2**64 - 1}]
+)
 def test_senseless_options_are_refused(open_engine, options):
     with pytest.raises(relufy.UserError, match="at least 1"):
         open_engine(**options)

@@ -51,7 +51,7 @@ def command(
     )
     settings = chosen.finetune
     source, original = model_folder(model), model_folder(dense or model)
-    refuse_occupied(output)
+    refuse_occupied(output, by_folder=True)
     if dense is None and settings.needs_teacher:
         refuse_as_teacher(source)
 

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 refused input (one line on stderr), 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -69,6 +70,12 @@ def run(arguments: list[str] | None = None) -> int:
         return _refuse(f'this needs {package}: pip install "relufy[{EXTRA_OF[package]}]"')
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; exit quietly
+        return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror or error}")
     return code if isinstance(code, int) else 0
 
 

@@ -16,7 +16,7 @@ def command(model: Model, output: OutputFolder, recipe: RecipeName, assign: Assi
     if chosen.sparsify is None:
         raise UserError(f"the recipe {chosen.name} makes no zeros; `relufy finetune` runs it")
     folder = model_folder(model)
-    refuse_occupied(output)
+    refuse_occupied(output, by_folder=True)
 
     from relufy.methods.sparsify import sparsify
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint

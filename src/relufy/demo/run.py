@@ -10,7 +10,7 @@ from relufy.demo.machine import cache_bytes, machine_facts
 from relufy.demo.options import STAGES, DemoOptions
 from relufy.demo.result import DemoResult, Variant
 from relufy.demo.watch import Silent, Watch
-from relufy.files import replacing
+from relufy.files import refuse_occupied, replacing
 from relufy.hub import model_folder, read_config
 from relufy.recipe import Finetune
 
@@ -23,6 +23,8 @@ def run_demo(options: DemoOptions, watch: Watch | None = None) -> DemoResult:
     from relufy.report.render import render_demo
 
     started = time.monotonic()
+    if not options.output.is_dir():
+        refuse_occupied(options.output, by_folder=True)
     if (options.output / "demo.json").is_file():
         shutil.rmtree(options.output)
     with replacing(options.output) as folder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relufy.engine.pack import pack
-from relufy.engine.packed_file import VERSION, is_packed_file, read_header
+from relufy.engine.packed_file import VERSION, read_header
 from relufy.errors import UserError
 from relufy.files import cache_folder
 from relufy.hub import model_folder
@@ -32,7 +32,7 @@ def packed_model(model: str | Path, dtype: str = "f32") -> Path:
         raise UserError(f"{path} is not a packed file of relufy, nor a checkpoint folder")
     folder = model_folder(model)
     target = _folder() / f"{folder.resolve().name}-{_key(folder, dtype)}.relufy"
-    if not is_packed_file(target):
+    if not _is_usable(target):
         pack(folder, target, dtype)
         _evict(keep=target)
     os.utime(target)  # its time of change is when it was last used: reading alone may not leave a trace
@@ -46,11 +46,12 @@ def entries() -> list[CacheEntry]:
 
 
 def clear() -> int:
-    """Remove all packed files of the cache; return the bytes freed."""
+    """Remove all packed files of the cache, unfinished ones too; return the bytes freed."""
+    unfinished = list(_folder().glob(".*.tmp")) if _folder().is_dir() else []
     freed = 0
-    for entry in entries():
-        entry.path.unlink(missing_ok=True)
-        freed += entry.bytes
+    for path in [*unfinished, *(entry.path for entry in entries())]:
+        freed += path.stat().st_size
+        path.unlink(missing_ok=True)
     return freed
 
 
@@ -59,8 +60,17 @@ def limit_bytes() -> int:
     value = os.environ.get("RELUFY_CACHE_LIMIT_GB", str(DEFAULT_LIMIT_GB))
     try:
         return int(float(value) * 1e9)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"RELUFY_CACHE_LIMIT_GB is {value!r}, not a number of gigabytes") from None
+
+
+def _is_usable(path: Path) -> bool:
+    """Tell whether a packed file is there and whole by its header; a damaged one is packed again."""
+    try:
+        read_header(path)
+    except UserError:
+        return False
+    return True
 
 
 def _folder() -> Path:
@@ -71,7 +81,7 @@ def _key(folder: Path, dtype: str) -> str:
     """Hash what the packed file depends on. Weights are told apart by name, size and time of change."""
     weights = sorted(folder.glob("*.safetensors"))
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    side = [(f.name, f.read_text()) for f in sorted(folder.glob("*.json"))]
+    side = [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(folder.glob("*.json"))]
     content = json.dumps([VERSION, dtype, str(folder.resolve()), files, side])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -8,9 +8,11 @@ from typing import Literal
 import numpy as np
 
 from relufy.engine.packed_file import read_header
+from relufy.engine.spec import MAX_CONTEXT
 from relufy.errors import UserError
 
 Logits = Literal["last", "all", "none"]
+MAX_THREADS = 1024
 LOGITS = ("last", "all", "none")
 
 try:
@@ -46,14 +48,14 @@ class CpuEngine:
         self, path: Path | str, threads: int | None = None, context: int | None = None, skip: bool = True
     ):
         self.header = read_header(Path(path))
-        if threads is not None and threads < 1:
-            raise UserError(f"threads must be at least 1, found {threads}")
-        if context is not None and context < 1:
-            raise UserError(f"context must be at least 1 position, found {context}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads must be at least 1 and at most {MAX_THREADS}, found {threads}")
+        if context is not None and not 1 <= context <= MAX_CONTEXT:
+            raise UserError(f"context must be at least 1 position and at most {MAX_CONTEXT}, found {context}")
         try:
             self._engine = _cpu.Engine(str(path), threads or usable_cores(), context or 0, skip)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise UserError(f"the engine could not open {path}: {error}") from None
 
     @property
     def threads(self) -> int:
@@ -97,7 +99,7 @@ class CpuEngine:
         """
         if logits not in LOGITS:
             raise UserError(f"logits must be one of {', '.join(LOGITS)}, found {logits!r}")
-        items = [(sequence, _token_array(tokens)) for sequence, tokens in work]
+        items = _work_items(work)
         rows = {"last": len(items), "all": sum(len(t) for _, t in items), "none": 0}[logits]
         out = np.empty((rows, self.vocab_size), np.float32)
         self._checked(self._engine.step, items, logits, out)
@@ -134,6 +136,15 @@ class CpuEngine:
             raise OutOfContext(str(error)) from None
         except (ValueError, TypeError) as error:
             raise UserError(str(error).splitlines()[0]) from None
+
+
+def _work_items(work: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, np.ndarray]]:
+    try:
+        return [(sequence, _token_array(tokens)) for sequence, tokens in work]
+    except UserError:
+        raise
+    except (TypeError, ValueError):
+        raise UserError("a step takes pairs of a sequence and a flat list of its tokens") from None
 
 
 def _token_array(tokens: Sequence[int]) -> np.ndarray:

@@ -29,8 +29,8 @@ class SafetensorsFolder:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index} is damaged: it holds no weight_map") from None
             yield from (self.folder / name for name in names)
         elif (self.folder / "model.safetensors").is_file():

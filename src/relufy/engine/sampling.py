@@ -17,14 +17,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature must be 0 or more, found {self.temperature}")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+            raise UserError(f"temperature must be 0, or 1e-6 and more, found {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (all) or more, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, found {self.seed}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"seed must be at least 0 and below 2**64, found {self.seed}")
 
 
 def sample(logits: np.ndarray, position: int, sampling: Sampling) -> int:

@@ -24,6 +24,8 @@ UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "sliding_window": Non
 """Settings that must be off, and what they are where a configuration does not say."""
 UNSUPPORTED_DEFAULTS = {"mistral": {"sliding_window": 4096}}
 
+MAX_CONTEXT = 1 << 31
+
 ATTENTION_INPUT = ("q", "k", "v")
 MLP_INPUT = ("gate", "up")
 
@@ -88,8 +90,15 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
             rope_frequencies=_rope_frequencies(config, head_dim),
             layers=_layers(config, num_layers),
         )
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json does not describe a {family} model: {error!r}") from None
+    sizes = (name for name, value in vars(spec).items() if isinstance(value, int | float) and value <= 0)
+    if wrong := [name for name in sizes if name != "tied_head"]:
+        raise UserError(f"config.json: {wrong[0]} is {getattr(spec, wrong[0])}, which can't be right")
+    if spec.max_context > MAX_CONTEXT:
+        raise UserError(f"config.json: a context of {spec.max_context} positions can't be right")
     if spec.head_dim % 2 or spec.num_heads % spec.num_kv_heads:
         raise UserError(
             f"config.json: {num_heads} heads of {head_dim} over {spec.num_kv_heads} can't be right"
@@ -130,12 +139,16 @@ def _shared_relu(sparsity: ActivationSparsity, sites: tuple[str, ...], index: in
 def _rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
     """Return the angle per position of each rotated pair, in float32 as transformers computes it."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("rope_scaling") not in (None, rope):
+        raise UserError("config.json has both rope_parameters and rope_scaling, and they differ; keep one")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("the engine can't rotate a part of each head yet (partial_rotary_factor)")
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+    if kind != "default" and not rope.get("factor", 1.0) > 0:
+        raise UserError(f"config.json: the rotary positions {dict(rope)} make no sense")
     if kind == "linear":
         frequencies = frequencies / np.float32(rope["factor"])
     elif kind == "llama3":

@@ -18,16 +18,22 @@ class ModelTokenizer:
         raw = header.blob("tokenizer.json")
         if raw is None:
             raise UserError(f"{header.path} holds no tokenizer.json, so it can't read or write text")
-        self._tokenizer = Tokenizer.from_str(raw.decode())
+        try:
+            self._tokenizer = Tokenizer.from_str(raw.decode())
+        except Exception as error:  # the tokenizers package raises plain Exceptions
+            raise UserError(f"{header.path}: its tokenizer.json can't be read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = header.metadata().get("config", {})
-        settings = json.loads(header.blob("generation_config.json") or b"{}")
+        settings = _settings(header)
         self.eos_ids = frozenset(_as_list(settings.get("eos_token_id", config.get("eos_token_id"))))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids, with the special tokens that the model's texts begin with."""
-        return self._tokenizer.encode(text).ids
+        try:
+            return self._tokenizer.encode(text).ids
+        except (TypeError, UnicodeEncodeError):
+            raise UserError("the prompt is not text that UTF-8 can express") from None
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -49,6 +55,18 @@ class TextStream:
 
     def push(self, token: int) -> str:
         return self._stream.step(self._tokenizer, token) or ""
+
+
+def _settings(header: Header) -> dict[str, Any]:
+    try:
+        settings = json.loads(header.blob("generation_config.json") or b"{}")
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{header.path}: its generation_config.json is damaged; mend the checkpoint, pack again"
+        )
+    return settings
 
 
 def _as_list(value: Any) -> list[int]:

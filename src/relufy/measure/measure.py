@@ -70,10 +70,13 @@ def measure(
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
     files = [text] if isinstance(text, str | Path) else list(text)
+    config = read_config(folder)
+    longest = config.get("max_position_embeddings")
+    if longest and window > longest:
+        raise UserError(f"windows of {window} tokens are longer than the {longest} that {model} can read")
     windows = read_windows(files, tokenizer, window)[:max_windows]
     loaded = load_model(folder)
     sites = measure_sparsity(loaded, windows, batch_size)
-    config = read_config(folder)
     engine_bytes, engine_note = _bytes_engine(config, sites.sparsity, window // 2)
     own = perplexity(loaded, windows, batch_size)
     macs = model_macs(loaded, sites.sparsity)
