@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on disk, and its config.json."""
+"""From what a user calls a model to a folder on disk, its config.json and its weight files."""
 
 import json
 from pathlib import Path
@@ -46,6 +46,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object")
     return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files, by its index if it has one. Raises UserError."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is damaged: {' '.join(str(error).split())}") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks the weights file {name}; only safetensors checkpoints are read")
+    return [folder / name for name in names]
 
 
 def _download(hub_id: str) -> Path:

@@ -23,10 +23,9 @@ def run_demo(options: DemoOptions, watch: Watch | None = None) -> DemoResult:
     from relufy.report.render import render_demo
 
     started = time.monotonic()
-    if not options.output.is_dir():
-        refuse_occupied(options.output, by_folder=True)
     if (options.output / "demo.json").is_file():
         shutil.rmtree(options.output)
+    refuse_occupied(options.output, by_folder=True)
     with replacing(options.output) as folder:
         folder.mkdir()
         result = _run(options, folder, watch or Silent())

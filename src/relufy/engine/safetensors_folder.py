@@ -5,12 +5,12 @@ simple enough to map: 8 bytes of header length, a JSON header, then the payload.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from relufy.errors import UserError
+from relufy.hub import weight_files
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _MAX_HEADER = 100_000_000
@@ -22,23 +22,8 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._entries: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
-        for path in self._files():
+        for path in weight_files(folder):
             self._entries.update(_read_header(path))
-
-    def _files(self) -> Iterator[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index} is damaged: it holds no weight_map") from None
-            yield from (self.folder / name for name in names)
-        elif (self.folder / "model.safetensors").is_file():
-            yield self.folder / "model.safetensors"
-        else:
-            raise UserError(
-                f"{self.folder} holds no model.safetensors; only safetensors checkpoints are read"
-            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

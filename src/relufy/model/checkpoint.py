@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from relufy.activation_sparsity import BLOCK_KEY
 from relufy.errors import UserError
 from relufy.files import replacing
-from relufy.hub import model_folder, read_config
+from relufy.hub import model_folder, read_config, weight_files
 from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
 from relufy.model.plugin import register
 from relufy.model.provenance import versions
@@ -29,7 +29,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     folder = model_folder(folder)
     config = read_config(folder)
     refuse_quantized(config, str(folder))
-    _check_weights(folder)
+    weight_files(folder)  # refuses early a checkpoint that lacks one
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -93,20 +93,6 @@ def _complete_config(model: PreTrainedModel, file: Path, provenance: dict[str, A
 
 def _has_pointer(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
-
-
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            expected = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged: {_one_line(error)}") from None
-    else:
-        expected = ["model.safetensors"]
-    for name in expected:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks the weights file {name}")
 
 
 def _one_line(error: Exception) -> str:
