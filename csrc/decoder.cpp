@@ -1,62 +1,172 @@
 #include "decoder.h"
 
+#include <algorithm>
+
 namespace relufy {
 namespace {
 
-constexpr size_t kMost = size_t{1} << 24;  // the largest dimension believed
-constexpr size_t kMostHeadDim = 1024;      // as wide as the scratch of the attention kernel
+// The largest dimensions believed: the engine's own buffers grow with a width.
+constexpr size_t kMostTokens = size_t{1} << 24, kMostWidth = size_t{1} << 19, kMostContext = size_t{1} << 31;
+constexpr size_t kMostHeadDim = 1024, kMostPartitions = 16;
 
-Layer read_layer(const PackedFile& file, const Decoder& d, size_t index) {
-  std::string prefix = "layers." + std::to_string(index) + ".";
-  size_t queries = d.num_heads * d.head_dim, keys = d.num_kv_heads * d.head_dim;
-  auto matrix = [&](const char* name, size_t rows, size_t columns) {
-    return &file.matrix(prefix + name, rows, columns);
-  };
-  auto norm = [&](const char* name) {
-    return file.tensor(prefix + name, Layout::vector, 1, d.hidden_size).data;
-  };
+// Reads what a file says of one layer.
+class LayerReader {
+ public:
+  LayerReader(const PackedFile& file, const Decoder& decoder, size_t index)
+      : file_(file), d_(decoder), prefix_("layers." + std::to_string(index) + ".") {}
 
-  Layer layer{};
-  layer.attention_norm = norm("attention_norm");
-  layer.mlp_norm = norm("mlp_norm");
-  layer.q = matrix("q", queries, d.hidden_size);
-  layer.k = matrix("k", keys, d.hidden_size);
-  layer.v = matrix("v", keys, d.hidden_size);
-  layer.o = &file.tensor(prefix + "o", Layout::rows, d.hidden_size, queries);
-  layer.gate = matrix("gate", d.intermediate_size, d.hidden_size);
-  if (file.has_tensor(prefix + "up_down")) {
-    layer.up_down = &file.tensor(prefix + "up_down", Layout::bundle, d.intermediate_size, d.hidden_size);
-  } else {
-    layer.up = matrix("up", d.intermediate_size, d.hidden_size);
-    layer.down = &file.tensor(prefix + "down", Layout::rows, d.hidden_size, d.intermediate_size);
+  Layer read() const {
+    size_t queries = d_.num_heads * d_.head_dim, keys = d_.num_kv_heads * d_.head_dim;
+    Layer layer{};
+    layer.attention_norm = norm("attention_norm");
+    layer.mlp_norm = norm("mlp_norm");
+    layer.q = matrix("q", queries, d_.hidden_size);
+    layer.k = matrix("k", keys, d_.hidden_size);
+    layer.v = matrix("v", keys, d_.hidden_size);
+    layer.o = matrix("o", d_.hidden_size, queries);
+    read_mlp(layer);
+    layer.k_shares_q = shares("k.shares_q", layer.k, layer.q);
+    layer.v_shares_q = shares("v.shares_q", layer.v, layer.q);
+    layer.up_shares_gate = layer.is_gated && shares("up.shares_gate", layer.up, layer.gate);
+    return layer;
   }
-  layer.activation = static_cast<Activation>(file.whole(prefix + "activation", 0, 2));
-  layer.shift = static_cast<float>(file.number(prefix + "shift"));
-  layer.attention_input_relu = file.whole(prefix + "attention_input_relu", 0, 1) == 1;
-  layer.mlp_input_relu = file.whole(prefix + "mlp_input_relu", 0, 1) == 1;
-  return layer;
+
+ private:
+  void read_mlp(Layer& layer) const {
+    layer.is_gated = file_.whole(prefix_ + "gated", 0, 1) == 1;
+    layer.has_bundle = file_.has_tensor(prefix_ + "up_down");
+    if (layer.is_gated) layer.gate = matrix("gate", d_.intermediate_size, d_.hidden_size);
+    if (layer.has_bundle) {
+      if (!layer.is_gated) throw FileError("the packed file is damaged: a bundle without a gate");
+      read_bundle(layer);
+    } else {
+      layer.up = matrix("up", d_.intermediate_size, d_.hidden_size);
+      layer.down = matrix("down", d_.hidden_size, d_.intermediate_size);
+    }
+    layer.activation = static_cast<Activation>(file_.whole(prefix_ + "activation", 0, 5));
+    layer.shift = static_cast<float>(file_.number_or(prefix_ + "shift", 0.0));
+    layer.cutoff = static_cast<float>(file_.number_or(prefix_ + "cutoff", 0.0));
+    layer.up_relu = flag("up_relu");
+    layer.is_statistical = flag("statistical");
+    layer.deviations = static_cast<float>(file_.number_or(prefix_ + "deviations", 0.0));
+    layer.neuron = selection("neuron", d_.intermediate_size);
+  }
+
+  void read_bundle(Layer& layer) const {
+    const Tensor& t = file_.tensor(prefix_ + "up_down", Layout::bundle, d_.intermediate_size, d_.hidden_size);
+    layer.up = described("up", d_.intermediate_size, d_.hidden_size);
+    layer.up.stored = file_.half(t, 0, prefix_ + "up.scales");
+    layer.down = described("down", d_.hidden_size, d_.intermediate_size);
+    layer.down.stored = file_.half(t, 1, prefix_ + "down.scales");
+    layer.down.layout = Layout::columns;
+    if (layer.up.rank || layer.down.rank)
+      throw FileError("the packed file is damaged: a correction on a bundle of skipped neurons");
+  }
+
+  // All of a matrix but where it lies.
+  Matrix described(const std::string& name, size_t outputs, size_t inputs) const {
+    Matrix m;
+    m.outputs = outputs;
+    m.inputs = inputs;
+    m.bias = file_.vector_or_null(prefix_ + name + ".bias", outputs);
+    m.mask = selection(name, inputs);
+    std::string in = prefix_ + name + ".low_rank_in", out = prefix_ + name + ".low_rank_out";
+    if (!m.mask || !file_.has_tensor(in)) return m;
+    m.rank = file_.rows_of(in);
+    m.low_rank_in = float_rows(in, m.rank, inputs);
+    m.low_rank_out = float_rows(out, outputs, m.rank);
+    return m;
+  }
+
+  Matrix matrix(const std::string& name, size_t outputs, size_t inputs) const {
+    Matrix m = described(name, outputs, inputs);
+    Tensor t = file_.matrix(prefix_ + name, outputs, inputs);
+    m.layout = t.layout;
+    m.stored = t.stored;
+    return m;
+  }
+
+  StoredRows float_rows(const std::string& name, size_t rows, size_t columns) const {
+    const Tensor& t = file_.tensor(name, Layout::rows, rows, columns);
+    if (is_integer(t.stored.dtype))
+      throw FileError("the packed file is damaged: " + name + " is not of floats");
+    return t.stored;
+  }
+
+  Selection selection(const std::string& site, size_t n) const {
+    std::string name = prefix_ + site + ".";
+    Selection s;
+    s.kind = static_cast<Selection::Kind>(file_.whole_or(name + "select", 0, 0, 3));
+    s.threshold = static_cast<float>(file_.number_or(name + "threshold", 0.0));
+    s.k = file_.whole_or(name + "k", 0, 0, n);
+    s.decode_only = flag(site + ".decode_only");
+    s.dense_first = file_.whole_or(name + "dense_first", 0, 0, kMostContext);
+    s.thresholds = file_.vector_or_null(name + "thresholds", n);
+    s.weight = file_.vector_or_null(name + "weight", n);
+    s.centre = file_.vector_or_null(name + "centre", n);
+    return s;
+  }
+
+  // Whether a's input may be first's. A correction needs what its own mask left out, in a place of its own; and
+  // columns need the list of their inputs, which is made for columns only.
+  bool shares(const std::string& name, const Matrix& a, const Matrix& first) const {
+    bool is_alone = a.rank > 0 || first.rank > 0 || (a.is_columns() && !first.is_columns());
+    return !is_alone && (flag(name) || !(a.mask || first.mask));
+  }
+
+  Norm norm(const std::string& name) const {
+    const float* weight = file_.vector(prefix_ + name, d_.hidden_size);
+    return {weight, d_.has_layer_norm ? file_.vector(prefix_ + name + ".bias", d_.hidden_size) : nullptr};
+  }
+
+  bool flag(const std::string& name) const { return file_.whole_or(prefix_ + name, 0, 0, 1) == 1; }
+
+  const PackedFile& file_;
+  const Decoder& d_;
+  std::string prefix_;
+};
+
+Matrix whole_matrix(const PackedFile& file, const std::string& name, size_t outputs, size_t inputs) {
+  Tensor t = file.matrix(name, outputs, inputs);
+  if (t.layout != Layout::rows)
+    throw FileError("the packed file is damaged: " + name + " is not stored by row");
+  Matrix m;
+  m.stored = t.stored;
+  m.outputs = outputs;
+  m.inputs = inputs;
+  return m;
 }
 
 }  // namespace
 
 Decoder::Decoder(const PackedFile& file) {
-  vocab_size = file.whole("vocab_size", 1, kMost);
-  hidden_size = file.whole("hidden_size", 1, kMost);
-  intermediate_size = file.whole("intermediate_size", 1, kMost);
+  vocab_size = file.whole("vocab_size", 1, kMostTokens);
+  hidden_size = file.whole("hidden_size", 1, kMostWidth);
+  intermediate_size = file.whole("intermediate_size", 1, kMostWidth);
   num_layers = file.whole("num_layers", 1, 1 << 16);
   num_heads = file.whole("num_heads", 1, 1 << 16);
   num_kv_heads = file.whole("num_kv_heads", 1, num_heads);
   head_dim = file.whole("head_dim", 2, kMostHeadDim);
-  max_context = file.whole("max_context", 1, size_t{1} << 31);
-  neurons_per_partition = file.whole("neurons_per_partition", kPadding, kMost);
+  max_context = file.whole("max_context", 1, kMostContext);
+  neurons_per_partition = file.whole("neurons_per_partition", 16, kMostInputs);
   norm_eps = static_cast<float>(file.number("norm_eps"));
-  if (num_heads % num_kv_heads != 0 || head_dim % 2 != 0 || neurons_per_partition % kPadding != 0)
-    throw FileError("the packed file is damaged: its head counts or partitions make no sense");
-  embedding = &file.tensor("embedding", Layout::rows, vocab_size, hidden_size);
-  head = file.has_tensor("head") ? &file.tensor("head", Layout::rows, vocab_size, hidden_size) : embedding;
-  final_norm = file.tensor("final_norm", Layout::vector, 1, hidden_size).data;
-  rope_frequencies = file.tensor("rope_frequencies", Layout::vector, 1, head_dim / 2).data;
-  for (size_t i = 0; i < num_layers; ++i) layers.push_back(read_layer(file, *this, i));
+  has_layer_norm = file.whole("norm_kind", 0, 1) == 1;
+  has_learned_positions = file.whole("position_kind", 0, 1) == 1;
+  if (num_heads % num_kv_heads != 0 || head_dim % 2 != 0 || neurons_per_partition % 16 != 0 ||
+      num_heads * head_dim > kMostWidth || num_partitions() > kMostPartitions)
+    throw FileError("the packed file is damaged: its heads or partitions make no sense");
+  embedding = whole_matrix(file, "embedding", vocab_size, hidden_size);
+  head = file.has_tensor("head") ? whole_matrix(file, "head", vocab_size, hidden_size) : embedding;
+  final_norm = {file.vector("final_norm", hidden_size),
+                has_layer_norm ? file.vector("final_norm.bias", hidden_size) : nullptr};
+  if (has_learned_positions)
+    position_embedding = whole_matrix(file, "position_embedding", max_context, hidden_size).stored;
+  else
+    rope_frequencies = file.vector("rope_frequencies", head_dim / 2);
+  for (size_t i = 0; i < num_layers; ++i) layers.push_back(LayerReader(file, *this, i).read());
+  for (const Layer& layer : layers)
+    for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      max_rank = std::max(max_rank, m->rank);
 }
 
 }  // namespace relufy

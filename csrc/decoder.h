@@ -1,10 +1,10 @@
 // The canonical decoder, as data: what a packed file says of a model, checked against itself.
 //
-// RMSNorm, rotary positions, grouped-query attention, a gated MLP, a tied or untied head. What differs
-// between layers (activation, sparsifiers, layouts) is in Layer.
+// RMS or layer norm, rotary or learned positions, grouped-query attention, a gated or plain MLP, biases, a
+// tied or untied head. What differs between layers (activation, masks, layouts) is in Layer.
 #pragma once
 
-#include <optional>
+#include <array>
 #include <string>
 #include <vector>
 
@@ -13,18 +13,62 @@
 
 namespace relufy {
 
-struct Layer {
-  const float* attention_norm;
-  const float* mlp_norm;
-  const Tensor *q, *k, *v, *o, *gate;
-  const Tensor* up_down;    // a bundle where the neuron site is sparse, else null, and then:
-  const Tensor *up, *down;  // rows
-  Activation activation;
-  float shift;
-  bool attention_input_relu;  // ReLU on the shared input of q, k and v
-  bool mlp_input_relu;        // ReLU on the shared input of gate and up
+// A mask on a vector: which entries are kept, less their centre; the others are zero.
+struct Selection {
+  enum class Kind : uint32_t { none = 0, relu = 1, threshold = 2, topk = 3 };
 
-  bool has_sparse_neurons() const { return up_down != nullptr; }
+  Kind kind = Kind::none;
+  float threshold = 0.0f;
+  const float *thresholds = nullptr, *weight = nullptr, *centre = nullptr;  // per channel
+  size_t k = 0;
+  bool decode_only = false;
+  size_t dense_first = 0;
+
+  explicit operator bool() const { return kind != Kind::none; }
+  bool is_global() const { return kind == Kind::topk; }  // needs the whole vector
+};
+
+struct Matrix {
+  Layout layout = Layout::rows;
+  StoredRows stored;
+  size_t outputs = 0, inputs = 0;
+  const float* bias = nullptr;
+  Selection mask;   // on its input
+  size_t rank = 0;  // of the correction: y += low_rank_out (low_rank_in (x - mask(x)))
+  StoredRows low_rank_in, low_rank_out;
+
+  bool is_columns() const { return layout == Layout::columns; }
+  bool reads_integers() const { return is_integer(stored.dtype) && !is_columns(); }  // quantised inputs
+};
+
+struct Norm {
+  const float *weight, *bias;  // bias: of a layer norm
+};
+
+// The sites, as stats count them.
+enum Site : size_t { kQ, kK, kV, kO, kGate, kUp, kDown, kNeuron, kNumSites };
+constexpr std::array<const char*, kNumSites> kSiteNames{"q", "k", "v", "o", "gate", "up", "down", "neuron"};
+
+struct Layer {
+  Norm attention_norm, mlp_norm;
+  Matrix q, k, v, o;
+  Matrix gate, up, down;                        // no gate in a plain MLP: the activation acts on up's output
+  bool k_shares_q, v_shares_q, up_shares_gate;  // their masked inputs
+
+  bool is_gated;
+  bool has_bundle;  // up and down lie side by side, by neuron
+  Activation activation;
+  float shift, cutoff;
+  bool up_relu;         // dReLU
+  bool is_statistical;  // before the activation, relu(z - mean - deviations * std)
+  float deviations;
+  Selection neuron;
+
+  const Matrix& first() const { return is_gated ? gate : up; }  // whose outputs the activation reads
+  bool has_global_neurons() const { return is_statistical || neuron.is_global(); }
+  bool has_partial_down() const {
+    return has_bundle || (down.is_columns() && down.rank == 0);
+  }  // by partition
 };
 
 struct Decoder {
@@ -35,11 +79,13 @@ struct Decoder {
   size_t max_context;
   size_t neurons_per_partition;  // the unit of work, and of summation, of the MLP
   float norm_eps;
-  const Tensor* embedding;
-  const Tensor* head;  // the embedding itself where they are tied
-  const float* final_norm;
-  const float* rope_frequencies;  // head_dim / 2 of them, radians per position
+  bool has_layer_norm, has_learned_positions;
+  Matrix embedding, head;  // the head is the embedding itself where they are tied
+  StoredRows position_embedding;
+  Norm final_norm;
+  const float* rope_frequencies = nullptr;  // head_dim / 2 of them, radians per position
   std::vector<Layer> layers;
+  size_t max_rank = 0;
 
   size_t num_partitions() const {
     return (intermediate_size + neurons_per_partition - 1) / neurons_per_partition;

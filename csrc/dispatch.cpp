@@ -8,9 +8,15 @@
 
 namespace relufy {
 
+#ifdef RELUFY_NEON
+namespace neon {
+extern const Kernels table;
+}
+#else
 namespace portable {
 extern const Kernels table;
 }
+#endif
 
 #ifdef RELUFY_X86
 namespace avx2 {
@@ -27,12 +33,19 @@ namespace {
 const Kernels* const kSupported[] = {
 #ifdef RELUFY_X86
     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c")
         ? &avx512::table
         : nullptr,
-    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::table : nullptr,
+    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+        ? &avx2::table
+        : nullptr,
 #endif
+#ifdef RELUFY_NEON
+    &neon::table};
+#else
     &portable::table};
+#endif
 
 }  // namespace
 

@@ -2,8 +2,11 @@
 //
 // The contract: a token's logits are the same bits whatever the number of threads, the tokens that share its
 // step, the other sequences, and whether zeros are skipped (docs/format.md and kernels.h say how).
+//
+// engine.cpp holds sequences and steps, forward.cpp a token's way through the layers, mlp.cpp the MLP's.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <span>
@@ -14,7 +17,9 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "kv_cache.h"
+#include "narrow.h"
 #include "packed_file.h"
+#include "selection.h"
 #include "thread_pool.h"
 
 namespace relufy {
@@ -23,6 +28,8 @@ struct Options {
   size_t threads = 1;
   size_t context = 0;  // positions of the KV cache in all; 0 means the model's own context
   bool skip = true;    // false reads every weight: the same bits, for comparison
+  Dtype kv_dtype = Dtype::f32;
+  Memory memory = Memory::map;
 };
 
 // Tokens that extend one sequence.
@@ -37,9 +44,9 @@ enum class Logits { none, last, all };
 // read from memory, so a weight that several tokens of a step share counts once.
 struct Stats {
   uint64_t tokens = 0;
-  uint64_t weight_bytes = 0;  // with the lists of active inputs and neurons
+  uint64_t weight_bytes = 0;  // with scales, and the lists of active inputs and neurons
   uint64_t kv_bytes = 0;
-  std::vector<uint64_t> attention_inputs_used, mlp_inputs_used, neurons_used;  // by layer
+  std::array<std::vector<uint64_t>, kNumSites> used;  // by site and layer: entries that are not zero
 };
 
 class Engine {
@@ -50,8 +57,9 @@ class Engine {
   size_t threads() const { return pool_.size(); }
   size_t context() const { return context_; }
   const char* isa() const { return kernels_.name; }
+  const PackedFile& file() const { return file_; }
 
-  SequenceId new_sequence();
+  SequenceId new_sequence(size_t prompt_length = 0);
   SequenceId fork(SequenceId parent);
   void truncate(SequenceId id, size_t length);
   void free(SequenceId id);
@@ -65,55 +73,105 @@ class Engine {
   // changed.
   void step(std::span<const Work> work, Logits wanted, float* logits);
 
+  // Extends a sequence by `token`, then by the most likely token (the lowest of equals) after it, and so on,
+  // until `count` are chosen or one is among `stops`; returns them. The last one is not in the sequence yet.
+  std::vector<int32_t> decode(SequenceId id, int32_t token, size_t count, std::span<const int32_t> stops);
+
   Stats stats();
   void reset_stats();
 
  private:
-  static constexpr size_t kChunk = 32;  // tokens that go through the layers together
+  static constexpr size_t kChunk = 32;              // tokens that go through the layers together
+  static constexpr size_t kFirstPositions = 4096;  // that attention has scratch for from the beginning
 
   struct Token {
     int32_t id;
-    size_t position;
+    Place place;
     const size_t* blocks;  // of its sequence
     bool wants_logits;
   };
+
+  // Input vectors of matrices, masked, as the kernels read them.
+  struct Vectors {
+    size_t width = 0;
+    Buffer<float> x, residual;  // residual: what the mask took, where a correction reads it
+    Buffer<int8_t> high, low;
+    Buffer<int16_t> groups;
+    Buffer<float> scale;
+    Buffer<int64_t> sum;
+    Buffer<uint32_t> list;  // the inputs that some token needs
+    size_t listed = 0;
+    Buffer<float> low_rank;  // kChunk x rank: what the correction's first factor made of the residual
+
+    Input input() const {
+      return {x.get(), width, high.get(), low.get(), groups.get(), scale.get(), sum.get()};
+    }
+  };
+
   struct Projection {
-    const Tensor* weight = nullptr;
+    const Matrix* matrix = nullptr;
+    Vectors* x = nullptr;
     float* y = nullptr;
     size_t y_stride = 0;
-    bool adds_to_hidden = false;  // then in rows, and y is projected_
+    bool adds_to_hidden = false;  // then y is projected_
   };
+
   struct Scratch {  // one for each thread
     Buffer<float> scores;
     Buffer<uint32_t> list;
-    Buffer<const float*> blocks;
-    std::vector<uint64_t> neurons_used;  // by layer
+    Buffer<const uint8_t*> blocks;
+    Buffer<uint8_t> scatter;
+    Buffer<float> correction;
+    std::vector<uint32_t> keys;
+    std::array<std::vector<uint64_t>, kNumSites> used;
     uint64_t weight_bytes = 0, kv_bytes = 0;
   };
 
+  // The neurons of a partition.
+  struct Part {
+    size_t index, first, neurons, tokens;
+    std::span<const Token> all;
+  };
+
   void check(std::span<const Work> work) const;
+  void check_room(SequenceId id, size_t count) const;
   void reserve(std::span<const Work> work);
+  void reserve(SequenceId id, size_t count);
+  void give_back(SequenceId id);
   void allocate();
+  void make_scores(size_t positions);
+  Vectors make_vectors(size_t width, bool has_corrections) const;
+  void step_locked(std::span<const Work> work, Logits wanted, float* logits);
+  bool reads_integers() const;
 
   // Those with a team are called by every thread alike; the others are tasks, or parts of one.
   void forward(std::span<const Token> tokens, float* logits, Team& team);
   void embed(std::span<const Token> tokens, Team& team);
-  size_t list_needed(bool has_zeros, const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
+  void normalise_token(const Norm& norm, const float* x, float* y) const;
+  void fill(Vectors& v, const Matrix& reader, Place place, size_t token, const float* x, Scratch& scratch);
+  void quantise(Vectors& v, size_t token) const;
+  void list_inputs(Vectors& v, const Matrix& reader, size_t tokens, std::vector<uint64_t>& used,
+                   size_t layer);
+  size_t list_needed(const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
                      uint64_t* used) const;
-  void list_inputs(bool has_relu, size_t tokens, uint64_t* used);
-  void normalise(const float* weight, bool has_relu, size_t tokens, uint64_t* used, Team& team);
-  void project(std::span<const Projection> projections, const float* x, size_t x_stride, size_t tokens,
-               Team& team);
-  void project_part(const Projection& projection, size_t task, const float* x, size_t x_stride, size_t tokens,
-                    Scratch& scratch);
+  void project(std::span<const Projection> projections, size_t tokens, Team& team);
+  void correct(std::span<const Projection> projections, size_t tokens, Team& team);
+  size_t outputs_per_task(const Matrix& m) const;
+  void project_part(const Projection& projection, size_t task, size_t tokens, Scratch& scratch);
+  void dot_rows(const Matrix& m, const Vectors& x, size_t first, size_t rows, size_t tokens, float* y,
+                size_t y_stride, Scratch& scratch);
   void attention(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team);
   void attend_head(size_t layer, size_t kv_head, std::span<const Token> tokens, Scratch& scratch);
-  void mlp(const Layer& layer, size_t index, size_t tokens, Team& team);
-  void sparse_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
-  void dense_partition(const Layer& layer, size_t index, size_t partition, size_t tokens, Scratch& scratch);
+  void write_kv(size_t layer, size_t kv_head, const Token& token, size_t t);
   void head(std::span<const Token> tokens, float* logits, Team& team);
-  void project_columns(const Layer& layer, size_t tokens, Team& team);
-  void project_rows(const Tensor& w, size_t first, size_t neurons, size_t tokens, float* y, Scratch& scratch);
+
+  void mlp(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team);
+  void mlp_inputs(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team);
+  void whole_neurons(const Layer& layer, const Token& token, size_t t, Scratch& scratch);
+  Part part_of(size_t partition, std::span<const Token> tokens) const;
+  void neuron_part(const Layer& layer, size_t index, const Part& part, Scratch& scratch);
+  void up_part(const Layer& layer, size_t index, const Part& part, Scratch& scratch);
+  void down_part(const Layer& layer, size_t index, const Part& part, Scratch& scratch);
 
   PackedFile file_;
   Decoder decoder_;
@@ -127,12 +185,16 @@ class Engine {
   size_t width_, query_width_, key_width_, neuron_width_;  // padded
   Buffer<float> hidden_, normed_, projected_;              // kChunk x width_
   Buffer<float> queries_, keys_, values_, attended_;
-  Buffer<float> gates_, ups_;  // kChunk x neuron_width_; ups_ where neurons are dense
-  Buffer<float> partials_;     // partitions x kChunk x width_: where they are sparse
+  Buffer<float> gates_, ups_;  // kChunk x neuron_width_
+  Buffer<float> partials_;     // partitions x kChunk x width_
   Buffer<float> cosines_, sines_;
-  Buffer<uint32_t> inputs_, all_;  // the inputs that some token needs, and 0, 1, 2, ...
-  size_t num_inputs_ = 0;
+  std::array<Vectors, 3> inputs_;  // of q, k, v; of gate, up; of o; of the head
+  Vectors products_;               // of down, where it is stored by row
+  Buffer<uint32_t> all_;           // 0, 1, 2, ...
+  std::vector<Token> tokens_;
+  std::vector<float> logits_;
   std::vector<Scratch> scratch_;
+  size_t score_positions_ = 0;  // that scratch has room for
   Stats stats_;
 };
 

@@ -5,8 +5,12 @@
 // calls. Terms that are exactly zero may be left out or added: sums that end at zero are normalised to +0, so
 // both give the same bits.
 //
-// Shapes: `stride` counts floats between stored rows and is a multiple of kPadding; the padding is zero.
-// Token t of an activation matrix starts at x + t * x_stride. All are f32.
+// Weights of 8 and 4 bits are summed in integers: the input is scaled to integers of 16 bits once, and one
+// multiplication by the scales ends the sum. Integers add exactly, in any order, several times faster than
+// their conversion to floats would allow.
+//
+// Activations are f32 vectors padded with zeros to a multiple of kPadding. Token t of an activation matrix
+// starts at x + t * x_stride.
 #pragma once
 
 #include <cstddef>
@@ -14,40 +18,103 @@
 
 namespace relufy {
 
-constexpr size_t kPadding = 16;  // floats; a cache line
-constexpr size_t kKvBlock = 32;  // positions in a block of the KV cache
+constexpr size_t kPadding = 128;  // elements: the widest chunk of any type
+constexpr size_t kKvBlock = 32;   // positions in a block of the KV cache
+constexpr int32_t kMostQuantised = 127 * 256;
 
-static inline constexpr size_t padded(size_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+static inline constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static inline constexpr size_t padded(size_t n) { return round_up(n, kPadding); }
 
-enum class Activation : uint32_t { silu = 0, relu = 1, relu2 = 2 };
+// Of stored weights (docs/format.md); f16 only in the KV cache.
+enum class Dtype : uint32_t { bytes = 0, f32 = 1, bf16 = 2, int8 = 3, int4 = 4, f16 = 5 };
+
+static inline constexpr bool is_integer(Dtype d) { return d == Dtype::int8 || d == Dtype::int4; }
+
+// Elements in a chunk: a stored row is a whole number of them.
+static inline constexpr size_t chunk_of(Dtype d) {
+  return d == Dtype::f32 ? 16 : d == Dtype::bf16 ? 32 : d == Dtype::int8 ? 64 : 128;
+}
+
+// Bytes of a stored row of n elements.
+static inline constexpr size_t row_bytes(Dtype d, size_t n) {
+  size_t length = round_up(n, chunk_of(d));
+  if (d == Dtype::f32) return length * 4;
+  if (d == Dtype::bf16) return length * 2;
+  if (d == Dtype::int8) return length;
+  return round_up(length / 2 + length / 32, 64);
+}
+
+// Bytes of a chunk-aligned part of a stored row, with its group scales.
+static inline constexpr size_t part_bytes(Dtype d, size_t n) {
+  return d == Dtype::int4 ? n / 2 + n / 32 : row_bytes(d, n);
+}
+
+// Weights as they lie in the file: rows of `length` elements, `stride` bytes apart.
+struct StoredRows {
+  const uint8_t* data = nullptr;
+  size_t stride = 0, length = 0;
+  Dtype dtype = Dtype::f32;
+  const float* scales = nullptr;  // one for each row of an integer type
+
+  size_t width() const { return round_up(length, chunk_of(dtype)); }
+  const uint8_t* row(size_t i) const { return data + i * stride; }
+};
+
+// Input vectors as dot products read them. The quantised form is there where an integer matrix reads it:
+// x = scale * (256 * high + low), the same stride in bytes.
+struct Input {
+  const float* values;
+  size_t stride;
+  const int8_t *high, *low;
+  const int16_t* groups;  // of int4: the sum over each group of 32, less its last 10 bits; then those: 2 *
+                          // stride a token
+  const float* scale;     // by token
+  const int64_t* sum;     // of 256 * high + low, by token
+};
+
+enum class Activation : uint32_t { silu = 0, relu = 1, relu2 = 2, gelu = 3, gelu_tanh = 4, fatrelu = 5 };
+
+// `count` queries of one KV head against `length` positions. blocks[b] is a block's K (head_dim x kKvBlock,
+// position fastest) and, after it, its V (kKvBlock x kv_width(head_dim)). `scores` has room for count *
+// length, rounded up to blocks.
+struct Attention {
+  const uint8_t* const* blocks;
+  size_t length, head_dim, count, stride;  // of queries and outputs
+  Dtype dtype;
+  float scale;
+};
+
+static inline constexpr size_t kv_width(size_t head_dim) { return round_up(head_dim, 16); }
 
 struct Kernels {
   const char* name;
 
-  // y[t][r] = dot(w[r], x[t]) for r < rows: the layout for rows that are all read.
-  void (*dot_rows)(const float* w, size_t stride, size_t rows, const float* x, size_t x_stride, size_t tokens,
-                   float* y, size_t y_stride);
+  // y[t][r] = w[r] . x[t] for the rows r = list[0], ..., list[count - 1], or first, ..., first + count - 1
+  // where list is null.
+  void (*dot)(const StoredRows& w, const uint32_t* list, size_t first, size_t count, const Input& x,
+              size_t tokens, float* y, size_t y_stride);
 
-  // y[t][0..width) = sum of x[t][i] * w[i][0..width) over the listed inputs i, in ascending order: the layout
-  // for sparse inputs. Stored row i holds what input i adds to the outputs. width % kPadding == 0.
-  void (*sum_columns)(const float* w, size_t stride, size_t width, const uint32_t* inputs, size_t num_inputs,
-                      const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride);
+  // y[t][0..width) = sum of x[t][i] * w[i][first..first + width) over the listed rows i, in ascending order.
+  // first and width are whole chunks. `scratch` has scatter_scratch bytes, 64-byte aligned.
+  void (*scatter)(const StoredRows& w, size_t first, size_t width, const uint32_t* list, size_t count,
+                  const float* x, size_t x_stride, size_t tokens, void* scratch, float* y, size_t y_stride);
 
-  // y[t] += (g[t][i] * dot(up_i, x[t])) * down_i over the listed neurons i, in ascending order, where g[t][i]
-  // is not zero or `all` is set. Neuron i is stored as [up_i | down_i], `stride` floats each, side by side.
-  void (*neurons)(const float* bundle, size_t stride, const uint32_t* list, size_t num_listed, const float* g,
-                  size_t g_stride, const float* x, size_t x_stride, size_t tokens, bool all, float* y,
-                  size_t y_stride);
+  // y[0..padded(w.length)) = row i.
+  void (*expand)(const StoredRows& w, size_t i, float* y);
+
+  // The quantised form of x[0..n), n % kPadding == 0, as Input describes it.
+  void (*quantise)(const float* x, size_t n, int8_t* high, int8_t* low, int16_t* groups, float* scale,
+                   int64_t* sum);
 
   // Lists, in ascending order, the i < n where x[t][i] is not zero for at least one token; returns how many.
-  // `list` has room for n + 1. Adds the number of (token, i) that are not zero to *nonzeros.
+  // `list` has room for n + 16. Adds the number of (token, i) that are not zero to *nonzeros.
   size_t (*list_active)(const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
                         uint64_t* nonzeros);
 
-  // g = activation(g - shift), in place, n % kPadding == 0.
-  void (*activate)(Activation activation, float shift, float* g, size_t n);
+  // g = activation(g - shift), in place; `cutoff` is fatrelu's. n % 16 == 0.
+  void (*activate)(Activation activation, float shift, float cutoff, float* g, size_t n);
 
-  // a[i] = g[i] * u[i]
+  // a[i] = g[i] * u[i], and 0 where g[i] is 0.
   void (*multiply)(const float* g, const float* u, float* a, size_t n);
 
   // y[i] += x[i]
@@ -56,22 +123,32 @@ struct Kernels {
   // y[i] += 0 + partials[0][i] + partials[1][i] + ...: partial sums `distance` floats apart, in their order.
   void (*add_partials)(const float* partials, size_t distance, size_t count, size_t n, float* y);
 
-  // y = x / sqrt(mean(x^2) + eps) * weight over n elements; the padding, zero in x and weight, becomes zero
-  // in y.
+  // y = x / sqrt(mean(x^2) + eps) * weight over n elements; the padding of x and weight is zero, so y's is.
   void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
+
+  // y = (x - mean) / sqrt(variance + eps) * weight + bias over n elements; y's padding becomes zero.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, size_t n, float* y);
 
   // Rotate the pairs (i, i + head_dim / 2) of one head by the angles whose cosines and sines are given.
   void (*rotate)(const float* cosine, const float* sine, size_t head_dim, float* head);
 
-  // One query head against `length` positions; blocks[b] is a block's K (head_dim x kKvBlock, position
-  // fastest) and, after it, its V (kKvBlock x padded(head_dim)). `scores` is scratch for length rounded up to
-  // a block.
-  void (*attend)(const float* query, const float* const* blocks, size_t length, size_t head_dim, float scale,
-                 float* scores, float* out);
+  void (*attend)(const Attention& a, const float* queries, float* scores, float* out);
+
+  // Reads `bytes` bytes, a multiple of 64, and returns something that depends on all of them.
+  uint32_t (*read)(const uint8_t* p, size_t bytes);
 };
 
+// Bytes of scratch for a call of `scatter`.
+static inline constexpr size_t kScatterTile = 4096;  // outputs
+static inline constexpr size_t scatter_scratch(size_t count, size_t tokens) {
+  size_t coefficients = tokens * (round_up(count, 16) + 16) * (sizeof(float) + 2 * sizeof(int16_t));
+  size_t sums = tokens * kScatterTile * 2 * sizeof(int32_t);
+  size_t groups = tokens * kScatterTile / 32 * 6 * sizeof(int32_t);
+  return coefficients + sums + groups + 4096;
+}
+
 // Returns the kernels of the fastest instruction set here, or of the one named in $RELUFY_ISA
-// ("portable", "avx2", "avx512"). Throws std::invalid_argument if that one can't run here.
+// ("portable", "avx2", "avx512", "neon"). Throws std::invalid_argument if that one can't run here.
 const Kernels& kernels();
 
 // Returns the kernels of a named instruction set, or nullptr if it can't run here.

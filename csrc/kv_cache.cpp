@@ -10,10 +10,11 @@ size_t blocks_for(size_t positions) { return (positions + kKvBlock - 1) / kKvBlo
 
 }  // namespace
 
-KvCache::KvCache(size_t num_layers, size_t num_kv_heads, size_t head_dim, size_t positions)
-    : num_kv_heads_(num_kv_heads),
-      part_floats_(kKvBlock * (head_dim + padded(head_dim))),
-      block_floats_(num_layers * num_kv_heads * part_floats_),
+KvCache::KvCache(size_t num_layers, size_t num_kv_heads, size_t head_dim, size_t positions, Dtype dtype)
+    : dtype_(dtype),
+      num_kv_heads_(num_kv_heads),
+      part_bytes_(kKvBlock * (head_dim + kv_width(head_dim)) * element_bytes()),
+      block_bytes_(num_layers * num_kv_heads * part_bytes_),
       capacity_(blocks_for(positions)) {}
 
 const KvCache::Sequence& KvCache::find(SequenceId id) const {
@@ -22,8 +23,8 @@ const KvCache::Sequence& KvCache::find(SequenceId id) const {
   return found->second;
 }
 
-SequenceId KvCache::create() {
-  sequences_[next_id_];
+SequenceId KvCache::create(size_t prompt_length) {
+  sequences_[next_id_].prompt_length = prompt_length;
   return next_id_++;
 }
 
@@ -58,7 +59,7 @@ void KvCache::reserve(SequenceId id, size_t count) {
   if (written < sequence.blocks.size() && blocks_[sequence.blocks[written]].references > 1) {
     size_t own = take_block();
     size_t shared = std::exchange(sequence.blocks[written], own);
-    std::memcpy(blocks_[own].data.get(), blocks_[shared].data.get(), block_floats_ * sizeof(float));
+    std::memcpy(blocks_[own].data.get(), blocks_[shared].data.get(), block_bytes_);
     drop_block(shared);
   }
   while (sequence.blocks.size() < blocks_for(sequence.length + count))
@@ -72,7 +73,7 @@ size_t KvCache::take_block() {
   size_t block;
   if (free_.empty()) {
     block = blocks_.size();
-    blocks_.push_back({make_buffer<float>(block_floats_), 0});
+    blocks_.push_back({make_buffer<uint8_t>(block_bytes_), 0});
   } else {
     block = free_.back();
     free_.pop_back();

@@ -24,10 +24,14 @@ struct OutOfKv : std::runtime_error {
 
 class KvCache {
  public:
-  // Room for `positions` in all, rounded up to whole blocks.
-  KvCache(size_t num_layers, size_t num_kv_heads, size_t head_dim, size_t positions);
+  // Room for `positions` in all, rounded up to whole blocks; `dtype` is f32, bf16 or f16.
+  KvCache(size_t num_layers, size_t num_kv_heads, size_t head_dim, size_t positions, Dtype dtype);
 
-  SequenceId create();
+  Dtype dtype() const { return dtype_; }
+  size_t element_bytes() const { return dtype_ == Dtype::f32 ? 4 : 2; }
+
+  // Positions below `prompt_length` are the prompt's: some masks leave them dense.
+  SequenceId create(size_t prompt_length = 0);
   SequenceId fork(SequenceId parent);
   void release(SequenceId id);
 
@@ -35,6 +39,7 @@ class KvCache {
   void truncate(SequenceId id, size_t length);
 
   size_t length(SequenceId id) const { return find(id).length; }
+  size_t prompt_length(SequenceId id) const { return find(id).prompt_length; }
   size_t num_free_blocks() const { return capacity_ - num_used_; }
 
   // Makes sure that `count` more positions can be written. Throws OutOfKv, changing no length.
@@ -46,19 +51,19 @@ class KvCache {
   // The blocks that hold a sequence's positions, in order. Valid until the sequence changes.
   const size_t* blocks(SequenceId id) const { return find(id).blocks.data(); }
 
-  // A block's part for a layer and head: K (head_dim x kKvBlock), then V (kKvBlock x padded(head_dim)).
-  float* part(size_t block, size_t layer, size_t kv_head) {
-    return blocks_[block].data.get() + (layer * num_kv_heads_ + kv_head) * part_floats_;
+  // A block's part for a layer and head: K (head_dim x kKvBlock), then V (kKvBlock x kv_width(head_dim)).
+  uint8_t* part(size_t block, size_t layer, size_t kv_head) {
+    return blocks_[block].data.get() + (layer * num_kv_heads_ + kv_head) * part_bytes_;
   }
 
  private:
   struct Block {
-    Buffer<float> data;
+    Buffer<uint8_t> data;
     size_t references = 0;
   };
   struct Sequence {
     std::vector<size_t> blocks;
-    size_t length = 0;
+    size_t length = 0, prompt_length = 0;
   };
 
   const Sequence& find(SequenceId id) const;
@@ -66,7 +71,8 @@ class KvCache {
   size_t take_block();
   void drop_block(size_t block);
 
-  size_t num_kv_heads_, part_floats_, block_floats_, capacity_;
+  Dtype dtype_;
+  size_t num_kv_heads_, part_bytes_, block_bytes_, capacity_;
   size_t num_used_ = 0;
   SequenceId next_id_ = 1;
   std::vector<Block> blocks_;

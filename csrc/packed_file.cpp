@@ -5,11 +5,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 
 #include "kernels.h"
 
@@ -20,8 +23,8 @@ static_assert(std::endian::native == std::endian::little, "packed files are litt
 
 constexpr char kMagic[8] = {'R', 'E', 'L', 'U', 'F', 'Y', '\x1a', '\n'};
 constexpr size_t kAlignment = 64;
-constexpr size_t kMaxDimension = size_t{1} << 31;  // keeps every product of two dimensions in 64 bits
-constexpr uint32_t kF32 = 1;
+constexpr size_t kMaxDimension = size_t{1} << 29;  // keeps the bytes of every matrix in 64 bits
+constexpr size_t kHugePage = size_t{2} << 20, kReadAtOnce = size_t{1} << 30;
 
 struct Header {
   char magic[8];
@@ -51,26 +54,37 @@ struct TensorRecord {
 };
 static_assert(sizeof(TensorRecord) == 128);
 
-std::string name_of(const char* name, size_t capacity) { return std::string(name, strnlen(name, capacity)); }
+// What is no text becomes one: names end up in messages.
+std::string name_of(const char* name, size_t capacity) {
+  std::string text(name, strnlen(name, capacity));
+  std::replace_if(text.begin(), text.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return text;
+}
 
-// How many floats a tensor takes by its own description; only called with dimensions up to kMaxDimension.
-uint64_t floats_needed(const TensorRecord& r) {
+// The shape of what lies in the payload, from a record whose dimensions are at most kMaxDimension.
+struct Stored {
+  uint64_t rows, length, halves;
+};
+
+Stored stored_of(const TensorRecord& r) {
   switch (static_cast<Layout>(r.layout)) {
     case Layout::columns:
-      return r.columns * r.stride;
+      return {r.columns, r.rows, 1};
     case Layout::bundle:
-      return r.rows * 2 * r.stride;
+      return {r.rows, r.columns, 2};
     default:
-      return r.rows * r.stride;
+      return {r.rows, r.columns, 1};
   }
 }
 
 bool is_consistent(const TensorRecord& r) {
   if (r.rows == 0 || r.columns == 0 || r.rows > kMaxDimension || r.columns > kMaxDimension) return false;
-  auto layout = static_cast<Layout>(r.layout);
-  if (layout == Layout::vector && r.rows != 1) return false;
-  if (r.stride != padded(layout == Layout::columns ? r.rows : r.columns)) return false;
-  return r.bytes == floats_needed(r) * sizeof(float);
+  Stored stored = stored_of(r);
+  if (static_cast<Layout>(r.layout) == Layout::vector)
+    return r.rows == 1 && static_cast<Dtype>(r.dtype) == Dtype::f32 &&
+           r.stride == padded(r.columns) * sizeof(float) && r.bytes == r.stride;
+  return r.stride == stored.halves * row_bytes(static_cast<Dtype>(r.dtype), stored.length) &&
+         r.bytes == stored.rows * r.stride;
 }
 
 }  // namespace
@@ -90,27 +104,64 @@ uint32_t crc32(const unsigned char* data, size_t size, uint32_t crc) {
   return ~crc;
 }
 
-PackedFile::PackedFile(const std::string& path) : path_(path) {
+PackedFile::PackedFile(const std::string& path, Memory memory) : path_(path) {
   int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) fail(std::string("can't be opened: ") + std::strerror(errno));
   struct stat status{};
   bool readable = fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
   size_ = readable ? static_cast<size_t>(status.st_size) : 0;
-  void* mapped =
-      size_ >= sizeof(Header) ? mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0) : MAP_FAILED;
+  if (size_ >= sizeof(Header)) open_memory(descriptor, memory);
   close(descriptor);
-  if (mapped == MAP_FAILED) fail("is too short to be a packed file");
-  base_ = static_cast<const unsigned char*>(mapped);
+  if (!base_) fail("is too short to be a packed file, or there is no memory for it");
   try {
     parse();
   } catch (...) {
-    munmap(mapped, size_);
+    munmap(const_cast<unsigned char*>(base_), mapped_);
     throw;
   }
 }
 
 PackedFile::~PackedFile() {
-  if (base_) munmap(const_cast<unsigned char*>(base_), size_);
+  if (base_) munmap(const_cast<unsigned char*>(base_), mapped_);
+}
+
+// Leaves base_ null if there is no memory, or the file is shorter than it said.
+void PackedFile::open_memory(int descriptor, Memory memory) {
+  bool loads = memory == Memory::load;
+  mapped_ = loads ? round_up(size_, kHugePage) : size_;
+  void* p = loads ? mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                  : mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, descriptor, 0);
+  if (p == MAP_FAILED) return;
+#ifdef MADV_HUGEPAGE
+  madvise(p, mapped_, MADV_HUGEPAGE);
+#endif
+  for (size_t done = 0; loads && done < size_;) {
+    ssize_t got = pread(descriptor, static_cast<char*>(p) + done, std::min(size_ - done, kReadAtOnce),
+                        static_cast<off_t>(done));
+    if (got <= 0) {
+      munmap(p, mapped_);
+      return;
+    }
+    done += static_cast<size_t>(got);
+  }
+  base_ = static_cast<const unsigned char*>(p);
+}
+
+double PackedFile::huge_page_share() const {
+  std::ifstream maps("/proc/self/smaps");
+  auto base = reinterpret_cast<uintptr_t>(base_);
+  uint64_t huge = 0;
+  bool is_ours = false;
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long begin = 0, end = 0, kib = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2)
+      is_ours = begin < base + mapped_ && base < end;
+    for (const char* key : {"AnonHugePages:", "FilePmdMapped:", "ShmemPmdMapped:"})
+      if (is_ours && line.rfind(key, 0) == 0 &&
+          std::sscanf(line.c_str() + std::strlen(key), "%lu", &kib) == 1)
+        huge += kib * 1024;
+  }
+  return std::min(1.0, static_cast<double>(huge) / static_cast<double>(size_));
 }
 
 void PackedFile::fail(const std::string& what) const { throw FileError(path_ + ": " + what); }
@@ -154,15 +205,17 @@ void PackedFile::parse_tensor(const unsigned char* bytes, size_t header_bytes) {
       record.bytes > size_ - record.offset)
     fail("is damaged: the tensor " + name + " lies outside the file");
   if (static_cast<Layout>(record.layout) == Layout::raw) return;
-  if (record.dtype != kF32 || record.layout > static_cast<uint32_t>(Layout::bundle))
+  if (record.layout > static_cast<uint32_t>(Layout::bundle) ||
+      record.dtype < static_cast<uint32_t>(Dtype::f32) || record.dtype > static_cast<uint32_t>(Dtype::int4))
     fail("holds the tensor " + name + " in a form that this relufy does not know");
   if (!is_consistent(record)) fail("is damaged: the shape of the tensor " + name + " makes no sense");
-  tensors_[name] = Tensor{static_cast<Layout>(record.layout),
-                          record.rows,
-                          record.columns,
-                          record.stride,
-                          record.bytes,
-                          reinterpret_cast<const float*>(base_ + record.offset)};
+  // A kernel may read to the end of the cache line after a tensor's last: a byte of the file must be in it.
+  if (size_ - record.offset - record.bytes == 0)
+    fail("is damaged: the tensor " + name + " ends where its checksums should be");
+  StoredRows stored{base_ + record.offset, record.stride, stored_of(record).length,
+                    static_cast<Dtype>(record.dtype), nullptr};
+  tensors_[name] =
+      Tensor{static_cast<Layout>(record.layout), record.rows, record.columns, record.bytes, stored};
 }
 
 double PackedFile::number(const std::string& name) const {
@@ -170,6 +223,14 @@ double PackedFile::number(const std::string& name) const {
   if (found == numbers_.end()) fail("is damaged: it does not say " + name);
   if (!std::isfinite(found->second)) fail("is damaged: " + name + " is not a number");
   return found->second;
+}
+
+double PackedFile::number_or(const std::string& name, double otherwise) const {
+  return numbers_.count(name) ? number(name) : otherwise;
+}
+
+size_t PackedFile::whole_or(const std::string& name, size_t otherwise, size_t least, size_t most) const {
+  return numbers_.count(name) ? whole(name, least, most) : otherwise;
 }
 
 size_t PackedFile::whole(const std::string& name, size_t least, size_t most) const {
@@ -188,10 +249,33 @@ const Tensor& PackedFile::tensor(const std::string& name, Layout layout, size_t 
   return t;
 }
 
-const Tensor& PackedFile::matrix(const std::string& name, size_t rows, size_t columns) const {
+const float* PackedFile::vector(const std::string& name, size_t n) const {
+  return tensor(name, Layout::vector, 1, n).vector();
+}
+
+const float* PackedFile::vector_or_null(const std::string& name, size_t n) const {
+  return has_tensor(name) ? vector(name, n) : nullptr;
+}
+
+Tensor PackedFile::matrix(const std::string& name, size_t rows, size_t columns) const {
   auto found = tensors_.find(name);
   bool is_columns = found != tensors_.end() && found->second.layout == Layout::columns;
-  return tensor(name, is_columns ? Layout::columns : Layout::rows, rows, columns);
+  Tensor t = tensor(name, is_columns ? Layout::columns : Layout::rows, rows, columns);
+  if (is_integer(t.stored.dtype)) {
+    if (columns > kMostInputs) fail("holds the tensor " + name + ", too wide for integer weights");
+    t.stored.scales = vector(name + ".scales", t.num_stored());
+  }
+  return t;
+}
+
+StoredRows PackedFile::half(const Tensor& bundle, size_t which, const std::string& scales) const {
+  StoredRows stored = bundle.stored;
+  stored.data += which * row_bytes(stored.dtype, stored.length);
+  if (is_integer(stored.dtype)) {
+    if (bundle.columns > kMostInputs) fail("holds a bundle too wide for integer weights");
+    stored.scales = vector(scales, bundle.rows);
+  }
+  return stored;
 }
 
 }  // namespace relufy

@@ -11,9 +11,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 namespace relufy {
 
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;
+constexpr size_t kMostInputs = 65536;  // of integer weights: beyond, sums of products could leave 32 bits
 
 // What the user can act on: the file is missing, damaged, of another version, or not what its name says.
 struct FileError : std::runtime_error {
@@ -31,38 +34,59 @@ enum class Layout : uint32_t {
 struct Tensor {
   Layout layout;
   size_t rows, columns;  // of the matrix: outputs, inputs (bundle: neurons, hidden size)
-  size_t stride;         // floats between stored rows
   size_t bytes;          // of the payload
-  const float* data;
+  StoredRows stored;     // of a bundle: both halves of a row as one, which is no row of either
+
+  const float* vector() const { return reinterpret_cast<const float*>(stored.data); }
+  size_t num_stored() const { return layout == Layout::columns ? columns : rows; }
 };
+
+// How the payload gets to memory: `map` is instant and shared between processes; `load` copies it into memory
+// of the process, in huge pages where the system has them, which is read a little faster.
+enum class Memory { map, load };
 
 class PackedFile {
  public:
-  explicit PackedFile(const std::string& path);
+  explicit PackedFile(const std::string& path, Memory memory = Memory::map);
   ~PackedFile();
   PackedFile(const PackedFile&) = delete;
   PackedFile& operator=(const PackedFile&) = delete;
 
-  // A number of the specification, which must be there. `whole` gives it as an integer in [least, most].
+  // A number of the specification; `number` and `whole` need it to be there. `whole` gives it as an integer
+  // in [least, most].
   double number(const std::string& name) const;
+  double number_or(const std::string& name, double otherwise) const;
   size_t whole(const std::string& name, size_t least, size_t most) const;
+  size_t whole_or(const std::string& name, size_t otherwise, size_t least, size_t most) const;
 
   bool has_tensor(const std::string& name) const { return tensors_.count(name) > 0; }
+  size_t rows_of(const std::string& name) const { return tensors_.at(name).rows; }  // of one that is there
 
   // A tensor that must be there with this layout and shape.
   const Tensor& tensor(const std::string& name, Layout layout, size_t rows, size_t columns) const;
 
-  // A matrix in whichever of `rows` and `columns` it was packed.
-  const Tensor& matrix(const std::string& name, size_t rows, size_t columns) const;
+  // A vector of n floats, padded with zeros; null if it is not there.
+  const float* vector_or_null(const std::string& name, size_t n) const;
+  const float* vector(const std::string& name, size_t n) const;
+
+  // A matrix in whichever of `rows` and `columns` it was packed, with the scales of its rows.
+  Tensor matrix(const std::string& name, size_t rows, size_t columns) const;
+
+  // The halves of a bundle, each as stored rows with the scales of its own.
+  StoredRows half(const Tensor& bundle, size_t which, const std::string& scales) const;
+
+  // The share of the payload's memory that lies in huge pages, as the system says (0 where it doesn't).
+  double huge_page_share() const;
 
  private:
+  void open_memory(int descriptor, Memory memory);
   void parse();
   void parse_tensor(const unsigned char* record, size_t header_bytes);
   [[noreturn]] void fail(const std::string& what) const;
 
   std::string path_;
   const unsigned char* base_ = nullptr;
-  size_t size_ = 0;
+  size_t size_ = 0, mapped_ = 0;  // bytes of the file, and of its memory
   std::map<std::string, double> numbers_;
   std::map<std::string, Tensor> tensors_;
 };

@@ -1,6 +1,6 @@
 """Tiny checkpoints as fixtures, made by transformers, sparsified by relufy, and packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,16 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import relufy
+from relufy.activation_sparsity import ActivationSparsity, Sparsifier
+from relufy.model.sites import find_sites
+from relufy.model.sparsifiers import apply_sparsity, sparsity_tensors
 from relufy.recipe import Relufication
 
 ODD = {
@@ -31,6 +36,20 @@ ODD = {
 }
 """Sizes that no vector width, block or partition divides. (Llama's own config refuses 3 heads on 68.)"""
 
+ODD_OPT = {
+    "hidden_size": 66,
+    "word_embed_proj_dim": 66,
+    "ffn_dim": 172,
+    "num_attention_heads": 3,
+    "vocab_size": 513,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
+
+RANK = 5
+"""Of random low-rank corrections."""
+
 RECIPES = {
     "dense": None,
     "stage1": Relufication(stage=1),
@@ -43,14 +62,24 @@ MakeCheckpoint = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """Return a function that makes (once) a tiny random checkpoint: `make(recipe="stage1", **config)`."""
+    """Return a function that makes (once) a tiny random checkpoint: `make(recipe="stage1", **config)`.
+
+    `family` is "llama" or "opt". `sparsifiers` puts any block on the model, with random tensors.
+    """
     made: dict[str, Path] = {}
 
-    def make(recipe: str = "dense", **config: Any) -> Path:
-        key = repr((recipe, sorted(config.items())))
+    def make(
+        recipe: str = "dense", family: str = "llama", sparsifiers: Sequence[Sparsifier] = (), **config: Any
+    ) -> Path:
+        key = repr((recipe, family, tuple(sparsifiers), sorted(config.items())))
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("checkpoint") / recipe
-            _save(_random_model(**{**ODD, **config}), tiny_tokenizer(), recipe, made[key])
+            model = _random_model(_config(family, config))
+            if sparsifiers:
+                sparsity = ActivationSparsity(tuple(sparsifiers))
+                apply_sparsity(model, sparsity, random_tensors(model, sparsity))
+            folder = tmp_path_factory.mktemp("checkpoint") / recipe
+            _save(model, tiny_tokenizer(), recipe, folder)
+            made[key] = folder
         return made[key]
 
     return make
@@ -74,19 +103,42 @@ def _save(model: Any, tokenizer: Any, recipe: str, folder: Path) -> None:
     relufy.save_checkpoint(model, tokenizer, folder)
 
 
-def _random_model(**config: Any) -> PreTrainedModel:
+def _config(family: str, changes: dict[str, Any]) -> PretrainedConfig:
+    special = {"bos_token_id": 0, "eos_token_id": 1}
+    if family == "opt":
+        return OPTConfig(**{**ODD_OPT, **changes}, **special, pad_token_id=2)
+    sizes = {**ODD, **changes}
+    is_llama = sizes["hidden_size"] % sizes["num_attention_heads"] == 0
+    config = LlamaConfig if is_llama else partial(MistralConfig, sliding_window=None)
+    return config(**sizes, **special)
+
+
+def _random_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model whose weights are large enough for its logits to depend on every part."""
     torch.manual_seed(0)
-    is_llama = config["hidden_size"] % config["num_attention_heads"] == 0
-    family = LlamaConfig if is_llama else partial(MistralConfig, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(family(**config, bos_token_id=0, eos_token_id=1))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                middle = 0 if name.endswith("bias") else 1
+                parameter.copy_(middle + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
     return model.eval()
+
+
+def random_tensors(model: PreTrainedModel, sparsity: ActivationSparsity) -> dict[str, torch.Tensor]:
+    """Return tensors for the sparsifiers of a model that let about half of the entries pass."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, shape in sparsity_tensors(find_sites(model), sparsity).items():
+        sizes = [RANK if size is None else size for size in shape]
+        kind = name.rpartition(".")[2]
+        if kind in ("threshold", "weight"):
+            tensors[name] = 0.2 + torch.rand(sizes, generator=generator)
+        else:
+            tensors[name] = 0.2 * torch.randn(sizes, generator=generator)
+    return tensors
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

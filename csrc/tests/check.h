@@ -1,10 +1,12 @@
 // The little that these tests need of a test framework: CHECK, and random numbers that repeat.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 

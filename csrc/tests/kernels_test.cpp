@@ -1,176 +1,326 @@
-// Each kernel of each instruction set against a naive version in double; and the contract: the same bits
-// whatever the number of tokens, the rows computed together, and whether zeros are skipped or added.
+// Each kernel of each instruction set against a naive version; and the contract: the same bits whatever the
+// number of tokens, the rows computed together, the ranges that threads take, and whether zeros are skipped.
 #include "kernels.h"
 
 #include <cstring>
 #include <numeric>
 
-#include "check.h"
-
-using namespace relufy;
+#include "narrow.h"
+#include "stored_matrix.h"
 
 namespace {
 
 using Floats = std::vector<float>;
 
+constexpr Dtype kDtypes[] = {Dtype::f32, Dtype::bf16, Dtype::int8, Dtype::int4};
+
 bool is_close(double a, double b, double scale = 1.0) {
   return std::abs(a - b) <= 1e-5 * (scale + std::abs(b));
 }
 
-bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+// Token vectors of n entries, padded with zeros, with their quantised form.
+struct Tokens {
+  size_t n, stride, count;
+  Floats x, scale;
+  std::vector<int8_t> high, low;
+  std::vector<int16_t> groups;
+  std::vector<int64_t> sum;
+
+  Tokens(const Kernels& k, size_t n_, size_t count_, uint32_t seed, double zeros = 0)
+      : n(n_),
+        stride(padded(n_)),
+        count(count_),
+        x(count * stride),
+        scale(count),
+        high(count * stride),
+        low(count * stride),
+        groups(2 * count * stride),
+        sum(count) {
+    for (size_t t = 0; t < count; ++t) {
+      Floats values = random_floats(n, seed + static_cast<uint32_t>(t), zeros);
+      std::copy(values.begin(), values.end(), &x[t * stride]);
+      k.quantise(&x[t * stride], stride, &high[t * stride], &low[t * stride], &groups[2 * t * stride],
+                 &scale[t], &sum[t]);
+    }
+  }
+
+  Input input(size_t t = 0) const {
+    return {&x[t * stride], stride, &high[t * stride], &low[t * stride], &groups[2 * t * stride],
+            &scale[t],      &sum[t]};
+  }
+  Floats token(size_t t) const { return Floats(&x[t * stride], &x[t * stride] + n); }
+};
+
+double naive_dot(const StoredMatrix& w, size_t row, const Floats& x) {
+  double sum = 0, scale;
+  if (!is_integer(w.dtype)) {
+    for (size_t i = 0; i < x.size(); ++i) sum += w.values[row][i] * x[i];
+    return sum;
+  }
+  std::vector<int64_t> q = quantised(x, scale);
+  for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(q[i] * w.groups[row][i] * w.units[row][i]);
+  return sum * scale * w.scales[row];
 }
 
-void test_dot_rows(const Kernels& k) {
-  for (size_t stride : {16, 32, 48, 80, 192})
-    for (size_t rows : {1, 3, 4, 7, 9})
+void test_dot(const Kernels& k, Dtype dtype) {
+  for (size_t n : {1, 31, 64, 68, 129, 257, 640})
+    for (size_t rows : {1, 3, 4, 9}) {
+      StoredMatrix w(dtype, rows, n, 1);
       for (size_t tokens : {1, 2, 3, 5}) {
-        Floats w = random_floats(rows * stride, 1), x = random_floats(tokens * stride, 2), y(tokens * rows);
-        k.dot_rows(w.data(), stride, rows, x.data(), stride, tokens, y.data(), rows);
-        for (size_t t = 0; t < tokens; ++t)
-          for (size_t r = 0; r < rows; ++r) {
-            double sum = 0;
-            for (size_t i = 0; i < stride; ++i) sum += double(w[r * stride + i]) * x[t * stride + i];
-            CHECK(is_close(y[t * rows + r], sum, 10));
-            float alone;
-            k.dot_rows(&w[r * stride], stride, 1, &x[t * stride], stride, 1, &alone, 1);
-            CHECK(std::memcmp(&alone, &y[t * rows + r], sizeof alone) == 0);
-          }
-      }
-}
-
-std::vector<uint32_t> all_of(size_t n) {
-  std::vector<uint32_t> list(n);
-  std::iota(list.begin(), list.end(), 0u);
-  return list;
-}
-
-void test_sum_columns(const Kernels& k) {
-  for (size_t width : {16, 48, 256})
-    for (size_t inputs : {1, 5, 68})
-      for (size_t tokens : {1, 2, 3, 17}) {
-        size_t stride = width + 32, part = 16;
-        Floats w = random_floats(inputs * stride, 3), x = random_floats(tokens * inputs, 4, 0.6);
-        Floats skipped(tokens * width, 7.0f), dense(tokens * width, 8.0f), alone(width);
-        std::vector<uint32_t> list(inputs + 1), all = all_of(inputs);
-        uint64_t nonzeros = 0;
-        size_t listed = k.list_active(x.data(), inputs, tokens, inputs, list.data(), &nonzeros);
-        k.sum_columns(w.data(), stride, width, list.data(), listed, x.data(), inputs, tokens, skipped.data(),
-                      width);
-        for (size_t first = 0; first < width; first += part)  // as threads would share the outputs out
-          k.sum_columns(&w[first], stride, part, all.data(), inputs, x.data(), inputs, tokens, &dense[first],
-                        width);
-        CHECK(same_bits(skipped, dense));
+        Tokens x(k, n, tokens, 2);
+        Floats y(tokens * rows), listed(tokens * rows, 7.0f), alone(rows);
+        k.dot(w.view(), nullptr, 0, rows, x.input(), tokens, y.data(), rows);
         for (size_t t = 0; t < tokens; ++t) {
-          for (size_t j = 0; j < width; ++j) {
-            double sum = 0;
-            for (size_t i = 0; i < inputs; ++i) sum += double(x[t * inputs + i]) * w[i * stride + j];
-            CHECK(is_close(dense[t * width + j], sum, 10));
+          for (size_t r = 0; r < rows; ++r)
+            CHECK(is_close(y[t * rows + r], naive_dot(w, r, x.token(t)), std::sqrt(double(n)) * 10));
+          for (size_t r = 0; r < rows; ++r) k.dot(w.view(), nullptr, r, 1, x.input(t), 1, alone.data(), 0);
+          CHECK(std::memcmp(alone.data(), &y[t * rows], rows * sizeof(float)) == 0);
+        }
+        std::vector<uint32_t> odd;
+        for (uint32_t r = 1; r < rows; r += 2) odd.push_back(r);
+        k.dot(w.view(), odd.data(), 0, odd.size(), x.input(), tokens, listed.data(), rows);
+        for (size_t i = 0; i < listed.size(); ++i) CHECK(listed[i] == (i % rows % 2 ? y[i] : 7.0f));
+      }
+    }
+}
+
+// What the listed rows add to output j, and the size of the terms.
+double naive_scatter(const StoredMatrix& w, const Floats& x, size_t j, double& size) {
+  double sum = 0, scale;
+  size = 0;
+  for (size_t i = 0; i < w.rows; ++i) size += std::abs(x[i] * w.values[i][j]);
+  if (!is_integer(w.dtype)) {
+    for (size_t i = 0; i < w.rows; ++i) sum += w.values[i][j] * x[i];
+    return sum;
+  }
+  Floats products(w.rows);
+  for (size_t i = 0; i < w.rows; ++i) products[i] = x[i] * w.scales[i];
+  std::vector<int64_t> q = quantised(products, scale);
+  for (size_t i = 0; i < w.rows; ++i) {
+    int64_t coefficient = w.dtype == Dtype::int8 ? q[i] : (q[i] * w.groups[i][j] + 64) >> 7;
+    sum += static_cast<double>(coefficient * w.units[i][j]);
+  }
+  return sum * scale * (w.dtype == Dtype::int8 ? 1.0 : 128.0);
+}
+
+void test_scatter(const Kernels& k, Dtype dtype) {
+  for (size_t outputs : {1, 65, 128, 300, 4500})
+    for (size_t inputs : {1, 5, 8, 68}) {
+      StoredMatrix w(dtype, inputs, outputs, 3);
+      size_t width = w.view().width(), stride = padded(outputs);
+      for (size_t tokens : {1, 2, 3, 17}) {
+        if (outputs > 1000 && tokens == 3) continue;
+        Tokens x(k, inputs, tokens, 4, 0.6);
+        Floats skipped(tokens * stride, 7.0f), dense(tokens * stride, 8.0f), alone(stride);
+        std::vector<uint32_t> list(inputs + 16), all(inputs);
+        std::iota(all.begin(), all.end(), 0u);
+        std::vector<uint8_t> memory(scatter_scratch(inputs, tokens) + 64);
+        void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+        uint64_t nonzeros = 0;
+        size_t listed = k.list_active(x.x.data(), x.stride, tokens, inputs, list.data(), &nonzeros);
+        k.scatter(w.view(), 0, width, list.data(), listed, x.x.data(), x.stride, tokens, scratch,
+                  skipped.data(), stride);
+        for (size_t first = 0; first < width; first += kPadding)  // as threads would share the outputs out
+          k.scatter(w.view(), first, std::min(kPadding, width - first), all.data(), inputs, x.x.data(),
+                    x.stride, tokens, scratch, &dense[first], stride);
+        for (size_t t = 0; t < tokens; ++t) {
+          CHECK(std::memcmp(&skipped[t * stride], &dense[t * stride], width * sizeof(float)) == 0);
+          for (size_t j = 0; j < outputs; j += outputs > 1000 ? 37 : 1) {
+            double size, expected = naive_scatter(w, x.token(t), j, size);
+            // A coefficient may fall on the other side of a half: one of its 32512 units more or less.
+            double unit = is_integer(dtype) ? size * 1e-4 : 0.0;
+            CHECK(std::abs(dense[t * stride + j] - expected) <= 1e-5 * (size + 1) + unit);
           }
-          k.sum_columns(w.data(), stride, width, list.data(), listed, &x[t * inputs], inputs, 1, alone.data(),
-                        width);
-          CHECK(std::memcmp(alone.data(), &dense[t * width], width * sizeof(float)) == 0);
+          k.scatter(w.view(), 0, width, list.data(), listed, &x.x[t * x.stride], 0, 1, scratch, alone.data(),
+                    0);
+          CHECK(std::memcmp(alone.data(), &dense[t * stride], width * sizeof(float)) == 0);
         }
       }
+    }
 }
 
-void test_neurons(const Kernels& k) {
-  for (size_t stride : {16, 80})
-    for (size_t neurons : {1, 6, 33})
-      for (size_t tokens : {1, 2, 17}) {
-        Floats bundle = random_floats(neurons * 2 * stride, 5), x = random_floats(tokens * stride, 6);
-        Floats g = random_floats(tokens * neurons, 7, 0.7);
-        Floats skipped(tokens * stride), dense(tokens * stride);
-        std::vector<uint32_t> list(neurons + 1);
-        uint64_t nonzeros = 0;
-        size_t listed = k.list_active(g.data(), neurons, tokens, neurons, list.data(), &nonzeros);
-        k.neurons(bundle.data(), stride, list.data(), listed, g.data(), neurons, x.data(), stride, tokens,
-                  false, skipped.data(), stride);
-        k.neurons(bundle.data(), stride, all_of(neurons).data(), neurons, g.data(), neurons, x.data(), stride,
-                  tokens, true, dense.data(), stride);
-        Floats zero(tokens * stride), sum_skipped = zero, sum_dense = zero;
-        k.add_partials(skipped.data(), 0, 1, skipped.size(), sum_skipped.data());
-        k.add_partials(dense.data(), 0, 1, dense.size(), sum_dense.data());
-        CHECK(same_bits(sum_skipped, sum_dense));
-        for (size_t t = 0; t < tokens; ++t)
-          for (size_t j = 0; j < stride; ++j) {
-            double sum = 0;
-            for (size_t i = 0; i < neurons; ++i) {
-              double up = 0;
-              for (size_t c = 0; c < stride; ++c)
-                up += double(bundle[i * 2 * stride + c]) * x[t * stride + c];
-              sum += g[t * neurons + i] * up * bundle[i * 2 * stride + stride + j];
-            }
-            CHECK(is_close(dense[t * stride + j], sum, 100));
-          }
-      }
+void test_expand(const Kernels& k, Dtype dtype) {
+  StoredMatrix w(dtype, 3, 200, 5);
+  Floats y(padded(200), 9.0f);
+  k.expand(w.view(), 1, y.data());
+  for (size_t i = 0; i < y.size(); ++i) CHECK(is_close(y[i], i < 200 ? w.values[1][i] : 0.0, 0));
+}
+
+void test_quantise(const Kernels& k) {
+  Tokens x(k, 200, 1, 6, 0.3);
+  double scale;
+  std::vector<int64_t> q = quantised(x.token(0), scale);
+  int64_t total = 0, groups[8] = {};
+  for (size_t i = 0; i < 200; ++i) {
+    int64_t found = 256 * x.high[i] + x.low[i];
+    CHECK(std::abs(found - q[i]) <= 1 && std::abs(found) <= kMostQuantised);
+    CHECK((x.x[i] == 0.0f) <= (found == 0));
+    total += found;
+    groups[i / 128 * 4 + i % 128 / 64 * 2 + i / 4 % 2] += found;
+  }
+  CHECK(total == x.sum[0] && is_close(x.scale[0], scale, 0));
+  for (size_t g = 0; g < 8; ++g) CHECK(groups[g] == 1024 * x.groups[g] + x.groups[x.stride + g]);
+  Floats special(kPadding, 1.0f);
+  std::vector<int8_t> bytes(kPadding);
+  std::vector<int16_t> sums(2 * kPadding);
+  float found_scale;
+  int64_t sum;
+  for (float value : {INFINITY, NAN}) {  // are seen: the scale says so
+    special[5] = value;
+    k.quantise(special.data(), kPadding, bytes.data(), bytes.data(), sums.data(), &found_scale, &sum);
+    CHECK(!std::isfinite(found_scale));
+  }
 }
 
 void test_list_active(const Kernels& k) {
   Floats x = {0, 1, 0, -2, 0, -0.0f, 0, 0, 0, 3};  // two tokens of five
-  std::vector<uint32_t> list(6);
+  std::vector<uint32_t> list(5 + 16);
   uint64_t nonzeros = 10;
   CHECK(k.list_active(x.data(), 5, 2, 5, list.data(), &nonzeros) == 3);
   CHECK(list[0] == 1 && list[1] == 3 && list[2] == 4);
   CHECK(nonzeros == 13);
+  Floats nan(40, std::nanf(""));
+  std::vector<uint32_t> all(40 + 16);
+  CHECK(k.list_active(nan.data(), 0, 1, 40, all.data(), &nonzeros) == 40 && all[39] == 39);
+}
+
+double activation_of(Activation activation, double z) {
+  double relu = z > 0 ? z : 0;
+  switch (activation) {
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    case Activation::relu:
+      return relu;
+    case Activation::relu2:
+      return relu * relu;
+    case Activation::gelu:
+      return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
+    case Activation::gelu_tanh:
+      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+    case Activation::fatrelu:
+      return z < 0.5 ? 0 : z;
+  }
+  return NAN;
 }
 
 void test_activations(const Kernels& k) {
   Floats x = random_floats(64, 8);
-  x[0] = -100.0f, x[1] = 100.0f, x[2] = 0.0f;
+  x[0] = -100.0f, x[1] = 100.0f, x[2] = 0.0f, x[3] = 0.5f;
   for (float shift : {0.0f, 0.75f})
-    for (Activation activation : {Activation::silu, Activation::relu, Activation::relu2}) {
+    for (uint32_t kind = 0; kind <= 5; ++kind) {
+      auto activation = static_cast<Activation>(kind);
+      bool is_gelu = activation == Activation::gelu || activation == Activation::gelu_tanh;
       Floats y = x;
-      k.activate(activation, shift, y.data(), y.size());
+      k.activate(activation, shift, 0.5f, y.data(), y.size());
       for (size_t i = 0; i < x.size(); ++i) {
-        double z = double(x[i] - shift), relu = z > 0 ? z : 0;
-        double expected = activation == Activation::silu   ? z / (1 + std::exp(-z))
-                          : activation == Activation::relu ? relu
-                                                           : relu * relu;
-        CHECK(std::abs(y[i] - expected) <= 2e-7 * std::abs(expected) + 1e-30);
+        double expected = activation_of(activation, double(x[i] - shift));
+        CHECK(std::abs(y[i] - expected) <= 2e-7 * std::abs(expected) + (is_gelu ? 1e-6 : 1e-30));
       }
     }
-  Floats nan(16, std::nanf(""));
-  k.activate(Activation::relu, 0.0f, nan.data(), nan.size());
-  CHECK(std::isnan(nan[0]));
+  for (uint32_t kind = 0; kind <= 5; ++kind) {
+    Floats nan(16, std::nanf(""));
+    k.activate(static_cast<Activation>(kind), 0.0f, 0.5f, nan.data(), nan.size());
+    CHECK(std::isnan(nan[0]));
+  }
 }
 
-void test_norm(const Kernels& k) {
+void test_multiply(const Kernels& k) {
+  Floats g = {0, -0.0f, 2, -3, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0}, u(16, 5.0f), a(16);
+  u[0] = NAN, u[4] = INFINITY;  // up of neurons that were not computed
+  k.multiply(g.data(), u.data(), a.data(), 16);
+  CHECK(a[0] == 0 && a[1] == 0 && a[2] == 10 && a[3] == -15 && a[4] == 0 && a[5] == 5);
+}
+
+void test_norms(const Kernels& k) {
   size_t n = 68;
-  Floats x = random_floats(padded(n), 9), weight = random_floats(padded(n), 10), y(padded(n), 9.0f);
-  std::fill(x.begin() + n, x.end(), 0.0f);
-  std::fill(weight.begin() + n, weight.end(), 0.0f);
+  Floats x = random_floats(padded(n), 9), weight = random_floats(padded(n), 10),
+         bias = random_floats(padded(n), 11);
+  for (Floats* v : {&x, &weight, &bias}) std::fill(v->begin() + n, v->end(), 0.0f);
+  Floats y(padded(n), 9.0f), z = y;
   k.rms_norm(x.data(), weight.data(), 1e-5f, n, y.data());
-  double squares = 0;
-  for (size_t i = 0; i < n; ++i) squares += double(x[i]) * x[i];
-  for (size_t i = 0; i < n; ++i) CHECK(is_close(y[i], x[i] / std::sqrt(squares / n + 1e-5) * weight[i]));
-  for (size_t i = n; i < padded(n); ++i) CHECK(y[i] == 0.0f);
+  k.layer_norm(x.data(), weight.data(), bias.data(), 1e-5f, n, z.data());
+  double squares = 0, sum = 0, variance = 0;
+  for (size_t i = 0; i < n; ++i) squares += double(x[i]) * x[i], sum += x[i];
+  for (size_t i = 0; i < n; ++i) variance += (x[i] - sum / n) * (x[i] - sum / n);
+  for (size_t i = 0; i < n; ++i) {
+    CHECK(is_close(y[i], x[i] / std::sqrt(squares / n + 1e-5) * weight[i]));
+    CHECK(is_close(z[i], (x[i] - sum / n) / std::sqrt(variance / n + 1e-5) * weight[i] + bias[i]));
+  }
+  for (size_t i = n; i < padded(n); ++i) CHECK(y[i] == 0.0f && z[i] == 0.0f);
 }
 
-void test_attend(const Kernels& k) {
+float half_value(uint16_t bits, Dtype dtype) {
+  if (dtype == Dtype::bf16) return std::bit_cast<float>(uint32_t{bits} << 16);
+  int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  double value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  return static_cast<float>(bits & 0x8000 ? -value : value);
+}
+
+// Blocks of K and V of a type, and the numbers that they hold.
+struct Cache {
+  size_t head_dim, part;
+  Floats values;
+  std::vector<uint8_t> bytes;
+  std::vector<const uint8_t*> blocks;
+
+  Cache(Dtype dtype, size_t dim, size_t num_blocks) : head_dim(dim), part(kKvBlock * (dim + kv_width(dim))) {
+    values = random_floats(num_blocks * part, 11);
+    size_t size = dtype == Dtype::f32 ? 4 : 2;
+    bytes.resize(values.size() * size);
+    for (size_t i = 0; i < values.size(); ++i) {
+      uint16_t half = dtype == Dtype::bf16 ? bf16_of(values[i]) : f16_of(values[i]);
+      if (dtype != Dtype::f32) values[i] = half_value(half, dtype);
+      std::memcpy(&bytes[i * size], dtype == Dtype::f32 ? static_cast<void*>(&values[i]) : &half, size);
+    }
+    for (size_t b = 0; b < num_blocks; ++b) blocks.push_back(&bytes[b * part * size]);
+  }
+  float key(size_t j, size_t i) const { return values[j / kKvBlock * part + i * kKvBlock + j % kKvBlock]; }
+  float value(size_t j, size_t i) const {
+    return values[j / kKvBlock * part + head_dim * kKvBlock + j % kKvBlock * kv_width(head_dim) + i];
+  }
+};
+
+void test_attend(const Kernels& k, Dtype dtype) {
   for (size_t head_dim : {8, 22, 64})
     for (size_t length : {1, 31, 32, 33, 100}) {
-      size_t num_blocks = (length + kKvBlock - 1) / kKvBlock, width = padded(head_dim);
-      size_t part = kKvBlock * (head_dim + width);
-      Floats cache = random_floats(num_blocks * part, 11), query = random_floats(head_dim, 12), out(head_dim);
-      std::vector<const float*> blocks;
-      for (size_t b = 0; b < num_blocks; ++b) blocks.push_back(&cache[b * part]);
-      Floats scores(num_blocks * kKvBlock);
-      k.attend(query.data(), blocks.data(), length, head_dim, 0.3f, scores.data(), out.data());
-      std::vector<double> weights(length), expected(head_dim);
-      double total = 0;
-      for (size_t j = 0; j < length; ++j) {
-        double score = 0;
-        for (size_t i = 0; i < head_dim; ++i)
-          score += query[i] * blocks[j / kKvBlock][i * kKvBlock + j % kKvBlock];
-        total += weights[j] = std::exp(0.3 * score);
+      size_t num_blocks = (length + kKvBlock - 1) / kKvBlock, queries = 6;
+      Cache cache(dtype, head_dim, num_blocks);
+      Floats query = random_floats(queries * head_dim, 12), out(queries * head_dim), alone(head_dim);
+      Floats scores(4 * num_blocks * kKvBlock);
+      Attention a{cache.blocks.data(), length, head_dim, queries, head_dim, dtype, 0.3f};
+      k.attend(a, query.data(), scores.data(), out.data());
+      for (size_t q = 0; q < queries; ++q) {
+        std::vector<double> weights(length), expected(head_dim);
+        double total = 0;
+        for (size_t j = 0; j < length; ++j) {
+          double score = 0;
+          for (size_t i = 0; i < head_dim; ++i) score += query[q * head_dim + i] * cache.key(j, i);
+          total += weights[j] = std::exp(0.3 * score);
+        }
+        for (size_t j = 0; j < length; ++j)
+          for (size_t i = 0; i < head_dim; ++i) expected[i] += weights[j] / total * cache.value(j, i);
+        for (size_t i = 0; i < head_dim; ++i) CHECK(is_close(out[q * head_dim + i], expected[i]));
+        a.count = 1;
+        k.attend(a, &query[q * head_dim], scores.data(), alone.data());
+        a.count = queries;
+        CHECK(std::memcmp(alone.data(), &out[q * head_dim], head_dim * sizeof(float)) == 0);
       }
-      for (size_t j = 0; j < length; ++j)
-        for (size_t i = 0; i < head_dim; ++i)
-          expected[i] +=
-              weights[j] / total * blocks[j / kKvBlock][head_dim * kKvBlock + (j % kKvBlock) * width + i];
-      for (size_t i = 0; i < head_dim; ++i) CHECK(is_close(out[i], expected[i]));
     }
+}
+
+void test_narrow() {
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16})
+    for (uint32_t bits = 0; bits < 0x7C00;
+         ++bits) {  // every number comes back, and halves go to the even one
+      auto narrow = [&](float x) { return dtype == Dtype::bf16 ? bf16_of(x) : f16_of(x); };
+      auto half = static_cast<uint16_t>(bits);
+      float value = half_value(half, dtype);
+      CHECK(narrow(value) == half && narrow(-value) == (half | 0x8000));
+      if (bits + 1 == 0x7C00) continue;
+      double next = half_value(static_cast<uint16_t>(bits + 1), dtype), middle = (value + next) / 2;
+      CHECK(narrow(static_cast<float>(middle)) == (bits + (bits & 1)));
+    }
+  CHECK(f16_of(1e6f) == 0x7C00 && std::isnan(std::bit_cast<float>(uint32_t{bf16_of(NAN)} << 16)));
 }
 
 void test_rotate(const Kernels& k) {
@@ -187,18 +337,23 @@ void test_rotate(const Kernels& k) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "neon", "avx2", "avx512"}) {
     const Kernels* k = find_kernels(isa);
     std::printf("%s: %s\n", isa, k ? "tested" : "not on this processor");
     if (!k) continue;
-    test_dot_rows(*k);
-    test_sum_columns(*k);
-    test_neurons(*k);
+    for (Dtype dtype : kDtypes) {
+      test_dot(*k, dtype);
+      test_scatter(*k, dtype);
+      test_expand(*k, dtype);
+    }
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) test_attend(*k, dtype);
+    test_quantise(*k);
     test_list_active(*k);
     test_activations(*k);
-    test_norm(*k);
-    test_attend(*k);
+    test_multiply(*k);
+    test_norms(*k);
     test_rotate(*k);
   }
+  test_narrow();
   CHECK(find_kernels("no such thing") == nullptr);
 }

@@ -15,10 +15,12 @@ void extend(KvCache& cache, SequenceId id, size_t count) {
 }
 
 // Somewhere in the middle of a block's data.
-float* part(KvCache& cache, SequenceId id, size_t block) { return cache.part(cache.blocks(id)[block], 1, 2); }
+uint8_t* part(KvCache& cache, SequenceId id, size_t block) {
+  return cache.part(cache.blocks(id)[block], 1, 2);
+}
 
 void test_blocks_are_counted() {
-  KvCache cache(kLayers, kHeads, kHeadDim, 100);  // rounded up to 4 blocks
+  KvCache cache(kLayers, kHeads, kHeadDim, 100, Dtype::f32);  // rounded up to 4 blocks
   SequenceId a = cache.create();
   CHECK(cache.num_free_blocks() == 4);
   extend(cache, a, 33);
@@ -32,7 +34,7 @@ void test_blocks_are_counted() {
 }
 
 void test_fork_copies_before_a_write() {
-  KvCache cache(kLayers, kHeads, kHeadDim, 128);
+  KvCache cache(kLayers, kHeads, kHeadDim, 128, Dtype::f32);
   SequenceId a = cache.create();
   extend(cache, a, 40);
   part(cache, a, 0)[5] = 1.0f;
@@ -51,7 +53,7 @@ void test_fork_copies_before_a_write() {
 }
 
 void test_truncated_into_a_shared_block() {
-  KvCache cache(kLayers, kHeads, kHeadDim, 96);
+  KvCache cache(kLayers, kHeads, kHeadDim, 96, Dtype::f32);
   SequenceId a = cache.create();
   extend(cache, a, 32);
   SequenceId b = cache.fork(a);
@@ -62,7 +64,7 @@ void test_truncated_into_a_shared_block() {
 }
 
 void test_out_of_room_changes_nothing() {
-  KvCache cache(kLayers, kHeads, kHeadDim, 64);
+  KvCache cache(kLayers, kHeads, kHeadDim, 64, Dtype::f32);
   SequenceId a = cache.create(), b = cache.create();
   extend(cache, a, 40);
   CHECK(throws<OutOfKv>([&] { cache.reserve(b, 1); }));

@@ -47,7 +47,8 @@ def test_quiet_generation_prints_the_text_alone(stage1: Path, capsys: pytest.Cap
 
 def test_loud_generation_says_bytes_on_stderr(stage1: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", str(stage1), PROMPT, "--max-new-tokens", "4", "--threads", "1"]) == 0
-    assert "MB of weights a token" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "MB of weights a token" in printed and "GB/s" in printed and "32.01 bits a weight" in printed
 
 
 def test_stop_ends_the_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +63,34 @@ def test_pack_verify_generate(stage1: Path, tmp_path: Path, capsys: pytest.Captu
     assert run_json(capsys, "pack", str(stage1), "-o", str(packed))["bytes"] == packed.stat().st_size
     assert run_json(capsys, "verify", str(packed))["ok"] is True
     assert run(["generate", str(packed), PROMPT, "--max-new-tokens", "4", "--threads", "1", "--quiet"]) == 0
+
+
+def test_pack_says_what_it_made(stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, text = tmp_path / "small.relufy", tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night; the old man sat by the fire. " * 40)
+    arguments = ["pack", str(stage1), "-o", str(packed), "--dtype", "int4"]
+    assert run([*arguments, "--text", str(text)]) == 0
+    printed = capsys.readouterr().out
+    assert "int4" in printed and "bits per weight" in printed and "zeros at neuron" in printed
+    assert "perplexity" in printed and "f32" in printed
+    assert run([*arguments, "--for", "dense"]) == 0
+    assert "skips nothing" in capsys.readouterr().out
+    document = run_json(capsys, "info", str(packed))
+    assert document["dtype"] == "int4" and document["packed_for"] == "dense"
+    assert set(document["weight_bytes"]) == {"f32", "int8", "int4"}
+    assert document["bits_per_weight"] == pytest.approx(
+        8 * document["bytes"] / document["parameters"], rel=0.1
+    )
+
+
+def test_a_narrow_dtype_reads_fewer_bytes(stage1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(stage1), PROMPT, "--max-new-tokens", "4", "--threads", "1"]
+    wide = run_json(capsys, *arguments)
+    narrow = run_json(capsys, *arguments, "--dtype", "int8", "--kv-dtype", "bf16", "--load")
+    assert wide["engine"]["kv_dtype"] == "f32" and narrow["engine"]["kv_dtype"] == "bf16"
+    for name in ("weight_bytes_per_token", "kv_bytes_per_token"):
+        assert narrow["stats"][name] <= 0.5 * wide["stats"][name]
+    assert narrow["engine"]["bits_per_weight"] < 9 < 32 < wide["engine"]["bits_per_weight"]
 
 
 def test_verify_refuses_a_damaged_file(
@@ -97,8 +126,8 @@ def test_measure_names_what_it_counted(
     assert document["tokens"] == document["windows"] * 32
     assert document["macs_paper"]["sparse"] < document["macs_paper"]["dense"]
     assert document["dense_perplexity"]["perplexity"] != document["perplexity"]["perplexity"]
-    assert run(arguments) == 0
-    assert "bytes_engine" in capsys.readouterr().out
+    assert run([*arguments, "--dtype", "int4"]) == 0
+    assert "bytes_engine a token, int4" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_finetune_leaves_a_checkpoint_and_nothing_else(

@@ -7,6 +7,11 @@ from relufy.cli.main import app, run
 
 SURFACE = {
     "": "--version",
+    "bench": "",
+    "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
+    " --turns --tokens --load -o --output --plot --json",
+    "bench kernels": "--shape --dtype --threads --turns -o --output --json",
+    "bench plot": "results --plot",
     "cache": "",
     "cache clear": "--json",
     "cache list": "--json",
@@ -14,10 +19,10 @@ SURFACE = {
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --set --resume --json",
     "generate": "model prompt --max-new-tokens --temperature --top-k --top-p --seed --stop --threads"
-    " --context --quiet --json",
+    " --context --dtype --kv-dtype --load --quiet --json",
     "info": "model --json",
-    "measure": "model --text --dense --window --max-windows --json",
-    "pack": "model -o --output --dtype --json",
+    "measure": "model --text --dense --window --max-windows --dtype --json",
+    "pack": "model -o --output --dtype --for --text --json",
     "recipes": "name",
     "sparsify": "model -o --output --recipe --set",
     "verify": "file --json",

@@ -34,6 +34,14 @@ def test_changed_weights_or_settings_are_packed_again(checkpoint):
     assert len(paths) == 3
 
 
+def test_every_type_and_purpose_has_a_file_of_its_own(checkpoint):
+    choices = [("f32", "exact"), ("f32", "dense"), ("int8", "exact"), ("int8", "dense")]
+    paths = [packed_model(checkpoint, *choice) for choice in choices]
+    assert len(set(paths)) == 4
+    assert [packed_model(checkpoint, *choice) for choice in choices] == paths
+    assert packed_model(checkpoint) == paths[0]
+
+
 def test_beyond_the_limit_the_least_recently_used_goes(make_checkpoint, monkeypatch):
     first = packed_model(make_checkpoint("stage1"))
     second = packed_model(make_checkpoint("stage2"))

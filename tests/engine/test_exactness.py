@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from tests.checkpoints import RECIPES
-from tests.engine.naive import NaiveDecoder
+from tests.engine.contract import all_at_once, bits, hf_logits, in_steps, relative_error, tokens_of
 
 import relufy
+from relufy.engine.naive import NaiveDecoder
 from relufy.engine.pack import pack
 
 CONFIGS = {
@@ -33,45 +33,15 @@ CONFIGS = {
 }
 
 
-def tokens_of(vocab_size: int, count: int, seed: int = 0) -> list[int]:
-    return [0, *np.random.default_rng(seed).integers(2, vocab_size, count - 1).tolist()]
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the worst ||a - b|| / ||b|| over positions."""
-    return (np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max()
-
-
-def hf_logits(folder, tokens: list[int]) -> np.ndarray:
-    model = relufy.load_model(folder)
-    with torch.inference_mode():
-        return model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-
-
-def all_at_once(engine: relufy.Engine, tokens: list[int]) -> np.ndarray:
-    return in_steps(engine, tokens, len(tokens))
-
-
-def in_steps(engine: relufy.Engine, tokens: list[int], size: int) -> np.ndarray:
-    sequence = engine.new_sequence()
-    parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    logits = np.concatenate([engine.step([(sequence, part)], "all") for part in parts])
-    engine.free(sequence)
-    return logits
-
-
-def bits(logits: np.ndarray) -> bytes:
-    return logits.tobytes()
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_equals_the_specification_and_transformers(config, recipe, make_checkpoint, tmp_path):
     folder = make_checkpoint(recipe, **CONFIGS[config])
     tokens = tokens_of(513, 75)
-    engine = relufy.Engine(pack(folder, tmp_path / "model.relufy"), threads=2)
+    path = pack(folder, tmp_path / "model.relufy")
+    engine = relufy.Engine(path, threads=2)
     for logits in (all_at_once(engine, tokens), in_steps(engine, tokens, 1)):
-        assert relative_error(logits, NaiveDecoder(folder).logits(tokens)) < 1e-4
+        assert relative_error(logits, NaiveDecoder(path).logits(tokens)) < 1e-4
         assert relative_error(logits, hf_logits(folder, tokens)) < 1e-4
 
 
@@ -125,7 +95,7 @@ def _check_real_model(folder, tmp_path, vocab_size: int) -> None:
     ]
     results = [in_steps(engines[0], tokens, 1), *(all_at_once(engine, tokens) for engine in engines)]
     assert len({bits(result) for result in results}) == 1
-    assert relative_error(results[0], NaiveDecoder(folder).logits(tokens)) < 1e-4
+    assert relative_error(results[0], NaiveDecoder(path).logits(tokens)) < 1e-4
     assert relative_error(results[0], hf_logits(folder, tokens)) < 1e-4
 
 

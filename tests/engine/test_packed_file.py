@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 import relufy
 from relufy.engine.pack import pack
-from relufy.engine.packed_file import PackedFileWriter, read_header, verify
+from relufy.engine.packed_file import RAW, read_header, verify
+from relufy.engine.packed_tensors import PackedTensors
+from relufy.engine.packed_writer import PackedFileWriter
+from relufy.engine.quantize import DTYPES, INTEGER, decode, encode
 
 
 @pytest.fixture
@@ -18,45 +20,66 @@ def packed(make_checkpoint, tmp_path) -> Path:
     return pack(make_checkpoint("stage2"), tmp_path / "model.relufy")
 
 
-def read_floats(path: Path, name: str) -> np.ndarray:
-    entry = read_header(path).tensors[name]
-    return np.fromfile(path, np.float32, entry.bytes // 4, offset=entry.offset)
-
-
-def test_every_layout_holds_the_weights(tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 5), (5, 37), (1, 1), (130, 257)], ids=str)
+def test_every_layout_holds_the_weights(dtype, shape, tmp_path):
     rng = np.random.default_rng(0)
-    weight, down = rng.normal(size=(37, 5)).astype(np.float32), rng.normal(size=(5, 37)).astype(np.float32)
+    weight = rng.normal(size=shape).astype(np.float32)
+    down = rng.normal(size=shape[::-1]).astype(np.float32)
     path = tmp_path / "file.relufy"
-    with PackedFileWriter(path, {"x": 1.5}, 5) as writer:
+    scales = 4 if dtype in INTEGER else 0
+    with PackedFileWriter(path, {"x": 1.5}, 5 + scales) as writer:
         writer.add_blob("blob", b"hello")
-        writer.add_rows("rows", weight)
+        writer.add_rows("rows", weight, dtype)
         writer.add_vector("vector", weight[:, 0])
-        writer.add_columns("columns", weight)
-        writer.add_bundle("bundle", weight, down)
-    header = read_header(path)
+        writer.add_columns("columns", weight, dtype)
+        writer.add_bundle("layers.0.up_down", weight, down, dtype)
+    tensors = PackedTensors(path)
+    header = tensors.header
     assert header.numbers == {"x": 1.5} and header.blob("blob") == b"hello"
     assert all(entry.offset % 64 == 0 for entry in header.tensors.values())
-    assert np.array_equal(read_floats(path, "rows").reshape(37, 16)[:, :5], weight)
-    assert np.array_equal(read_floats(path, "vector")[:37], weight[:, 0])
-    bundle = read_floats(path, "bundle").reshape(37, 2, 16)
-    assert np.array_equal(bundle[:, 0, :5], weight) and np.array_equal(bundle[:, 1, :5], down.T)
-    assert not bundle[:, :, 5:].any()
-    columns = read_floats(path, "columns").reshape(5, 48)
-    assert np.array_equal(columns[:, :37], weight.T) and not columns[:, 37:].any()
+    assert all(e.stride % 64 == 0 for e in header.tensors.values() if e.layout != RAW)
+    assert np.array_equal(tensors.vector("vector"), weight[:, 0])
+    stored, by_input, of_down = (_read_back(part, dtype) for part in (weight, weight.T, down.T))
+    assert np.array_equal(tensors.matrix("rows").weight(), stored)
+    assert np.array_equal(tensors.matrix("columns").weight(), by_input.T)
+    assert np.array_equal(tensors.matrix("layers.0.up").weight(), stored)
+    assert np.array_equal(tensors.matrix("layers.0.down").weight(), of_down.T)
+    x = rng.normal(size=(3, shape[1]))
+    for name in ("rows", "columns", "layers.0.up"):
+        assert np.allclose(tensors.matrix(name).times(x), x @ tensors.matrix(name).weight().T.astype(float))
+    assert header.parameters() == 4 * weight.size + len(weight)
 
 
-def test_layouts_follow_what_can_be_skipped(make_checkpoint, tmp_path):
-    expected = {
-        "dense": {"q": "rows", "gate": "rows", "up": "rows", "down": "rows"},
-        "stage1": {"q": "rows", "gate": "rows", "up_down": "bundle"},
-        "stage2": {"q": "columns", "gate": "columns", "up_down": "bundle"},
-    }
-    for recipe, layouts in expected.items():
-        described = read_header(pack(make_checkpoint(recipe), tmp_path / recipe)).tensors
-        names = ("raw", "vector", "rows", "columns", "bundle")
-        mlp = {n.split(".")[2]: names[e.layout] for n, e in described.items() if n.startswith("layers.1.")}
-        assert {name: mlp[name] for name in layouts} == layouts
-        assert ("up" in mlp) == (recipe == "dense")
+def _read_back(values: np.ndarray, dtype: str) -> np.ndarray:
+    encoded = encode(values, dtype)
+    return decode(encoded.raw, dtype, values.shape[1], encoded.scales)
+
+
+def test_the_bytes_of_a_small_file(tmp_path):
+    """One int8 matrix by input: its record, its two stored rows, and its vector of scales."""
+    path = tmp_path / "file.relufy"
+    with PackedFileWriter(path, {"a": 2.0}, 2) as writer:
+        writer.add_columns("w", np.array([[127, 0], [-127, 254], [1, 0]], np.float32), "int8")
+    content = path.read_bytes()
+    assert content[:12] == b"RELUFY\x1a\n" + struct.pack("<I", 2)
+    header_bytes, file_bytes, numbers, tensors = struct.unpack_from("<QQII", content, 16)
+    assert (header_bytes, file_bytes, numbers, tensors) == (512, len(content), 1, 3)
+    assert content[64:128] == b"a".ljust(56, b"\0") + struct.pack("<d", 2.0)
+    int8, columns, f32, vector = 3, 3, 1, 1
+    assert content[128:256] == _record("w", int8, columns, 3, 2, 64, 512, 128)
+    assert content[256:384] == _record("w.scales", f32, vector, 1, 2, 512, 640, 512)
+    assert content[384:512] == _record("checksums", 0, 0, 1, 4, 4, 1152, 4)
+    rows = np.frombuffer(content, np.uint8, 128, 512).reshape(2, 64)
+    assert rows[0, :5].tolist() == [255, 1, 129, 128, 128]
+    assert rows[1, :5].tolist() == [128, 255, 128, 128, 128]
+    scales = np.frombuffer(content, "<f4", 128, 640)
+    assert scales[:2].tolist() == [1.0, 2.0] and not scales[2:].any()
+    assert content[1152:] == struct.pack("<I", zlib.crc32(content[512:1152])).ljust(64, b"\0")
+
+
+def _record(name: str, dtype: int, layout: int, *sizes: int) -> bytes:
+    return name.encode().ljust(64, b"\0") + struct.pack("<II5Q16x", dtype, layout, *sizes)
 
 
 def test_verify_finds_any_flipped_bit(packed):
@@ -130,61 +153,3 @@ def test_a_specification_that_contradicts_the_tensors_is_refused(packed, change)
     with_numbers(packed, **change)
     with pytest.raises(relufy.UserError, match="damaged"):
         relufy.Engine(packed)
-
-
-def damage(folder: Path, tmp_path: Path, edit) -> Path:
-    """Return a copy of a checkpoint whose weights were edited."""
-    copy = tmp_path / "damaged"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    weights = load_file(copy / "model.safetensors")
-    edit(weights)
-    save_file(weights, copy / "model.safetensors")
-    return copy
-
-
-def drop(weights):
-    del weights["model.layers.1.mlp.up_proj.weight"]
-
-
-def reshape(weights):
-    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
-
-
-def nan(weights):
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-
-
-def extra(weights):
-    weights["model.layers.0.mlp.gate_proj.bias"] = weights["model.norm.weight"].clone()
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [(drop, "no tensor .*up_proj"), (reshape, "shape"), (nan, "NaN"), (extra, "no place for .*bias")],
-    ids=["missing", "shape", "nan", "extra"],
-)
-def test_bad_checkpoints_are_refused_and_leave_nothing(make_checkpoint, tmp_path, edit, message):
-    folder = damage(make_checkpoint("stage1"), tmp_path, edit)
-    target = tmp_path / "out"
-    target.mkdir()
-    with pytest.raises(relufy.UserError, match=message):
-        pack(folder, target / "model.relufy")
-    assert list(target.iterdir()) == []
-
-
-@pytest.mark.parametrize("keep", [0, 4, 200, -1])
-def test_a_truncated_checkpoint_is_refused(make_checkpoint, tmp_path, keep):
-    folder = damage(make_checkpoint("stage1"), tmp_path, lambda weights: None)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(relufy.UserError, match="truncated or damaged"):
-        pack(folder, tmp_path / "model.relufy")
-    assert not (tmp_path / "model.relufy").exists()
-
-
-def test_bfloat16_weights_are_read_exactly(bundled, tmp_path):
-    weight = load_file(bundled / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"].float().numpy()
-    path = pack(bundled, tmp_path / "bundled.relufy")
-    assert np.array_equal(read_floats(path, "layers.0.gate").reshape(512, 192), weight)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, OPTConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import relufy
@@ -17,12 +17,11 @@ LLAMA = LlamaConfig(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "opt"}, "opt"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "bloom"}, "bloom"),
+        ({"model_type": "mistral", "sliding_window": None, "attention_bias": True}, "attention_bias=True"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"model_type": "mistral"}, "sliding_window=4096"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"hidden_act": "relufy"}, "activation_sparsity"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
         (
@@ -47,11 +46,95 @@ def test_what_the_engine_lacks_is_refused_by_name(change, named):
         decoder_spec({**LLAMA, **change})
 
 
-@pytest.mark.parametrize("sites", [["o"], ["down"], ["q"], ["gate"], ["q", "k"]], ids="-".join)
-def test_sites_that_the_engine_can_not_skip_at_are_refused(sites):
-    block = {"version": 1, "sparsifiers": [{"sites": sites, "function": "relu"}]}
-    with pytest.raises(relufy.UserError, match="engine"):
-        decoder_spec({**LLAMA, "activation_sparsity": block})
+OPT = OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_attention_heads=4).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
+        ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+        ({"word_embed_proj_dim": 32}, "word_embed_proj_dim=32"),
+        ({"activation_function": "tanh"}, "tanh"),
+        ({"num_attention_heads": 64}, "64 heads of 1"),
+        ({"ffn_dim": None}, "config.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_opts_are_refused_by_name(change, named):
+    with pytest.raises(relufy.UserError, match=named):
+        decoder_spec({**OPT, **change})
+
+
+def test_opt():
+    spec = decoder_spec(OPT)
+    assert (spec.family.norm, spec.family.positions, spec.family.is_gated) == ("layer", "learned", False)
+    assert (spec.intermediate_size, spec.num_kv_heads, spec.norm_eps, spec.tied_head) == (96, 4, 1e-5, True)
+    assert spec.biased == {"q", "k", "v", "o", "up", "down"} and spec.rope_frequencies == ()
+    assert spec.layers[0].activation == "relu" and spec.layers[0].has_sparse_neurons
+    assert decoder_spec({**OPT, "enable_bias": False}).biased == set()
+    assert set(spec.matrix_shapes()) == {"q", "k", "v", "o", "up", "down"}
+
+
+def test_biases_of_llama():
+    assert decoder_spec(LLAMA).biased == set()
+    assert decoder_spec({**LLAMA, "attention_bias": True}).biased == {"q", "k", "v", "o"}
+    assert decoder_spec({**LLAMA, "mlp_bias": True}).biased == {"gate", "up", "down"}
+
+
+def with_block(config: dict, *sparsifiers: dict) -> dict:
+    return {**config, "activation_sparsity": {"version": 1, "sparsifiers": list(sparsifiers)}}
+
+
+@pytest.mark.parametrize(
+    ("config", "sparsifier", "named"),
+    [
+        (LLAMA, {"sites": ["q"], "function": "relu2"}, "can't mask the input of q by 'relu2'"),
+        (LLAMA, {"sites": ["o"], "function": "topk", "k": 65}, "keeps 65 entries of 64"),
+        (OPT, {"sites": ["gate"], "function": "relu"}, "no gate in a plain MLP"),
+        (OPT, {"sites": ["neuron"], "function": "drelu"}, "dReLU needs a gated MLP"),
+        (OPT, {"sites": ["neuron", "down"], "function": "topk", "k": 3}, "one site"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sparsifiers_that_the_engine_lacks_are_refused_by_name(config, sparsifier, named):
+    with pytest.raises(relufy.UserError, match=named):
+        decoder_spec(with_block(config, sparsifier))
+
+
+def test_a_model_that_hides_its_own_activation_is_refused():
+    block = {"sites": ["neuron"], "function": "threshold", "threshold": 0.1}
+    with pytest.raises(relufy.UserError, match="own"):
+        decoder_spec(with_block({**LLAMA, "hidden_act": "relufy"}, block))
+
+
+@pytest.mark.parametrize(
+    ("sparsifier", "expected"),
+    [
+        ({"function": "relu", "shift": 0.5}, {"activation": "relu", "shift": 0.5}),
+        ({"function": "helu"}, {"activation": "relu"}),
+        ({"function": "relu2"}, {"activation": "relu2"}),
+        ({"function": "fatrelu", "threshold": 0.1}, {"activation": "fatrelu", "cutoff": 0.1}),
+        ({"function": "drelu"}, {"activation": "relu", "has_up_relu": True}),
+        ({"function": "statistical_topk", "sparsity": 0.5}, {"activation": "silu", "deviations": 0.0}),
+        ({"function": "topk", "k": 9}, {"activation": "silu", "deviations": None}),
+    ],
+    ids=str,
+)
+def test_every_function_at_neuron_is_expressed(sparsifier, expected):
+    layer = decoder_spec(with_block(LLAMA, {"sites": ["neuron"], **sparsifier})).layers[0]
+    assert {name: getattr(layer, name) for name in expected} == expected
+    assert layer.has_sparse_neurons and set(layer.masks) == ({"neuron"} if "k" in sparsifier else set())
+
+
+def test_masks_at_every_input():
+    sites = ["q", "k", "v", "o", "gate", "up", "down"]
+    spec = decoder_spec(with_block(LLAMA, {"sites": sites, "function": "threshold", "threshold": 0.1}))
+    layer = spec.layers[1]
+    assert set(layer.masks) == set(sites) and not layer.has_sparse_neurons and spec.is_sparse()
+    assert layer.shares_mask(spec.readers("k")) and layer.shares_mask(spec.readers("up"))
+    assert not layer.shares_mask(spec.readers("o"))
 
 
 def test_natively_sparse_models_need_no_block():

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 import families
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
+from relufy.model.activations import Placeholder, ReLU, SquaredReLU
 from relufy.model.configuration import sparsity_of
 from relufy.model.sites import find_sites
-from relufy.model.sparsifiers import Placeholder, ReLU, SquaredReLU, apply_sparsity
+from relufy.model.sparsifiers import apply_sparsity
 
 IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
 NEURON = Sparsifier(("neuron",), "relu")

@@ -35,4 +35,6 @@ def lines_of(document: Any, indent: str = "") -> list[str]:
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(_words, value)) if isinstance(value, list) else str(value)

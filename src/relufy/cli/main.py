@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from relufy.cli import cache, demo, finetune, generate, info, measure, pack, recipes, sparsify, verify
+from relufy.cli import bench, cache, demo, finetune, generate, info, measure, pack, recipes, sparsify, verify
 from relufy.errors import UserError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "peft"), "train") | {
-    "matplotlib": "report"
+    "matplotlib": "report",
+    "llama_cpp": "bench",
+    "gguf": "bench",
 }
 """The extra of relufy that brings a package."""
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 for command in (demo, recipes, sparsify, finetune, measure, info, pack, verify, generate):
     app.command(command.__name__.rpartition(".")[2])(command.command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 
 

@@ -25,13 +25,16 @@ def command(
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Measure no more than the first windows.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Count the bytes of a file packed so: f32, bf16, int8 or int4.")
+    ] = "f32",
     json: Json = False,
 ) -> None:
     """Measure sparsity, perplexity and the cost of a token on a text."""
     from relufy.measure.measure import DEFINITIONS, measure
 
     quiet_libraries()
-    found = measure(model, text, dense=dense, window=window, max_windows=max_windows)
+    found = measure(model, text, dense=dense, window=window, max_windows=max_windows, dtype=dtype)
     if json:
         print_json(found.to_json())
         return
@@ -60,7 +63,10 @@ def show_costs(found: "Measurement") -> None:
     rows = [
         ["perplexity", _perplexity(found.dense_perplexity), _perplexity(found.perplexity), ""],
         ["macs_paper a token", *_costs(found.macs_paper, 1e6, "M")],
-        [f"bytes_engine a token, context {found.context}", *_costs(found.bytes_engine, 1e6, "MB")],
+        [
+            f"bytes_engine a token, {found.dtype}, context {found.context}",
+            *_costs(found.bytes_engine, 1e6, "MB"),
+        ],
     ]
     print_table("quality and cost", ["", "dense", "this model", "dense / this"], rows)
 

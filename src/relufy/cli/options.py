@@ -18,6 +18,15 @@ Assignments = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Another value in the recipe, as finetune.distill=0.5."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", help="Keys and values: f32, bf16 or f16; by default f32 for f32 weights, else f16."
+    ),
+]
+Load = Annotated[
+    bool, typer.Option("--load", help="Copy the weights into huge pages instead of mapping the file.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Threads of the engine; by default the cores it may use."),

@@ -1,26 +1,94 @@
 """`relufy pack`: a checkpoint to the engine's one weight file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json, result
+from relufy.cli.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from relufy.engine.packed_file import Header
 
 
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The packed file to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="How weights are stored: f32.")] = "f32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="How weights are stored: f32, bf16, int8 or int4.")
+    ] = "f32",
+    for_: Annotated[
+        str, typer.Option("--for", help="exact: zeros are skipped. dense: every weight is read.")
+    ] = "exact",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Text files: show the perplexity of this type and of f32 on them."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Pack a checkpoint into the engine's weight file."""
     from relufy.engine import pack
+    from relufy.engine.packed_file import read_header
+    from relufy.text import read_text
 
-    packed = pack(model, output, dtype=dtype)
-    size = packed.stat().st_size
+    words = read_text(text) if text else None
+    with ProgressDisplay() as display:
+        packed = pack(
+            model, output, dtype, for_, progress=lambda done, total: display.update("packing", done, total)
+        )
+    document = _document(read_header(packed))
+    if words is not None:
+        document |= _perplexities(model, packed, dtype, words)
     if json:
-        print_json({"path": str(packed), "bytes": size, "dtype": dtype})
+        print_json(document)
     else:
-        result(f"{packed}: {size / 1e6:.1f} MB, {dtype}")
+        _print(document)
+
+
+def _document(header: "Header") -> dict[str, Any]:
+    metadata = header.metadata()
+    sites = [site for s in metadata["activation_sparsity"]["sparsifiers"] for site in s["sites"]]
+    return {
+        "path": str(header.path),
+        "bytes": header.file_bytes,
+        "dtype": metadata["dtype"],
+        "for": metadata["for"],
+        "bits_per_weight": header.bits_per_weight(),
+        "sparse_sites": list(dict.fromkeys(sites)),
+    }
+
+
+def _perplexities(model: str, packed: Path, dtype: str, text: str) -> dict[str, float]:
+    from relufy.engine import Engine
+    from relufy.engine.cache import packed_model
+    from relufy.engine.perplexity import perplexity
+
+    found = perplexity(Engine(packed), text)
+    exact = found if dtype == "f32" else perplexity(Engine(packed_model(model)), text)
+    change = 100 * (found / exact - 1)
+    return {"perplexity": found, "perplexity_f32": exact, "perplexity_change_percent": change}
+
+
+def _print(document: dict[str, Any]) -> None:
+    from relufy.engine.perplexity import MAX_TOKENS, WINDOW
+
+    dtype = document["dtype"] + " (embedding and head int8)" * (document["dtype"] == "int4")
+    size, bits = document["bytes"] / 1e6, document["bits_per_weight"]
+    result(f"{document['path']}: {size:.1f} MB, {dtype}, {bits:.2f} bits per weight with scales and padding")
+    result(f"skips {_skipped(document)}")
+    if "perplexity" in document:
+        result(
+            f"perplexity {document['perplexity']:.3f}, f32 {document['perplexity_f32']:.3f}: "
+            f"{document['perplexity_change_percent']:+.2f} % "
+            f"(at most {MAX_TOKENS:,} tokens in windows of {WINDOW})"
+        )
+
+
+def _skipped(document: dict[str, Any]) -> str:
+    if not document["sparse_sites"]:
+        return "nothing: this model has no site with zeros"
+    if document["for"] == "dense":
+        return "nothing: it is packed for dense"
+    return f"what zeros at {' '.join(document['sparse_sites'])} make unnecessary"

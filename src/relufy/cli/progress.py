@@ -55,5 +55,9 @@ class ProgressDisplay:
         if done < total and now - printed < PLAIN_SECONDS:
             return
         self._plain[task] = (started, now)
-        left = f", {(now - started) / done * (total - done):.0f} s left" if 0 < done < total else ""
+        left = (
+            f", {(now - started) / done * (total - done):.0f} s left"
+            if 0 < done < total and now > started
+            else ""
+        )
         self._console.print(f"{task}: {done}/{total}{left}  {detail}".rstrip(), markup=False, soft_wrap=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from relufy.demo.result import Cost
 from relufy.engine.spec import decoder_spec
 from relufy.hub import read_config
-from relufy.measure.cost import Sparsity, bytes_by_kind
+from relufy.measure.bytes_read import bytes_by_kind
+from relufy.measure.cost import Sparsity
 from relufy.measure.measure import model_macs
 
 if TYPE_CHECKING:

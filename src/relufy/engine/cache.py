@@ -25,15 +25,18 @@ class CacheEntry:
     model: str
 
 
-def packed_model(model: str | Path, dtype: str = "f32") -> Path:
-    """Return the packed file of a checkpoint, packing it into the cache if it is not there yet."""
+def packed_model(model: str | Path, dtype: str = "f32", for_: str = "exact") -> Path:
+    """Return the packed file of a checkpoint, packing it into the cache if it is not there yet.
+
+    `dtype` and `for_` are those of `pack`, and each pair has a file of its own.
+    """
     path = Path(model)
     if path.is_file():
         raise UserError(f"{path} is not a packed file of relufy, nor a checkpoint folder")
     folder = model_folder(model)
-    target = _folder() / f"{folder.resolve().name}-{_key(folder, dtype)}.relufy"
+    target = _folder() / f"{folder.resolve().name}-{_key(folder, dtype, for_)}.relufy"
     if not _is_usable(target):
-        pack(folder, target, dtype)
+        pack(folder, target, dtype, for_)
         _evict(keep=target)
     os.utime(target)  # its time of change is when it was last used: reading alone may not leave a trace
     return target
@@ -77,12 +80,12 @@ def _folder() -> Path:
     return cache_folder() / "packed"
 
 
-def _key(folder: Path, dtype: str) -> str:
+def _key(folder: Path, dtype: str, for_: str) -> str:
     """Hash what the packed file depends on. Weights are told apart by name, size and time of change."""
     weights = sorted(folder.glob("*.safetensors"))
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
     side = [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(folder.glob("*.json"))]
-    content = json.dumps([VERSION, dtype, str(folder.resolve()), files, side])
+    content = json.dumps([VERSION, dtype, for_, str(folder.resolve()), files, side])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

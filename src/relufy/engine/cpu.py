@@ -7,13 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from relufy.engine.packed_file import read_header
+from relufy.engine.packed_file import F32, Header, read_header
 from relufy.engine.spec import MAX_CONTEXT
 from relufy.errors import UserError
 
 Logits = Literal["last", "all", "none"]
 MAX_THREADS = 1024
 LOGITS = ("last", "all", "none")
+KV_DTYPES = ("f32", "bf16", "f16")
 
 try:
     from relufy.engine import _cpu
@@ -41,19 +42,32 @@ class CpuEngine:
     """Sequences of tokens over one packed model (design: `open, new_sequence, step, fork, truncate, free`).
 
     `context` is the number of positions of the KV cache, over all sequences; None means the model's own.
-    `skip=False` reads every weight: the same logits, bit for bit, for comparison. Thread-safe: steps queue.
+    `kv_dtype` is "f32", "bf16" or "f16"; None means f32 for a model in f32, else f16. `skip=False` reads
+    every weight: the same logits, bit for bit, for comparison. `load=True` copies the file into memory of the
+    process, in huge pages where the system has them, instead of mapping it. Thread-safe: steps queue.
     """
 
     def __init__(
-        self, path: Path | str, threads: int | None = None, context: int | None = None, skip: bool = True
+        self,
+        path: Path | str,
+        threads: int | None = None,
+        context: int | None = None,
+        skip: bool = True,
+        kv_dtype: str | None = None,
+        load: bool = False,
     ):
         self.header = read_header(Path(path))
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads must be at least 1 and at most {MAX_THREADS}, found {threads}")
         if context is not None and not 1 <= context <= MAX_CONTEXT:
             raise UserError(f"context must be at least 1 position and at most {MAX_CONTEXT}, found {context}")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise UserError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
+        self.kv_dtype = kv_dtype or _default_kv_dtype(self.header)
         try:
-            self._engine = _cpu.Engine(str(path), threads or usable_cores(), context or 0, skip)
+            self._engine = _cpu.Engine(
+                str(path), threads or usable_cores(), context or 0, skip, self.kv_dtype, load
+            )
         except (ValueError, RuntimeError, MemoryError) as error:
             raise UserError(f"the engine could not open {path}: {error}") from None
 
@@ -71,11 +85,19 @@ class CpuEngine:
 
     @property
     def isa(self) -> str:
-        """The instruction set of the kernels in use: portable, avx2 or avx512 (`RELUFY_ISA` forces one)."""
+        """The instruction set in use: portable, avx2, avx512 or neon (`RELUFY_ISA` forces one)."""
         return self._engine.isa
 
-    def new_sequence(self) -> int:
-        return self._engine.new_sequence()
+    @property
+    def huge_page_share(self) -> float:
+        """The share of the weights' memory that lies in huge pages."""
+        return self._engine.huge_page_share()
+
+    def new_sequence(self, prompt_length: int = 0) -> int:
+        """Return an empty sequence whose first `prompt_length` tokens are the prompt (phase "decode")."""
+        if prompt_length < 0:
+            raise UserError(f"a prompt can't have {prompt_length} tokens")
+        return self._engine.new_sequence(prompt_length)
 
     def fork(self, sequence: int) -> int:
         """Return a new sequence with the same past. The KV blocks are shared until one of the two writes."""
@@ -105,6 +127,18 @@ class CpuEngine:
         self._checked(self._engine.step, items, logits, out)
         return out
 
+    def decode(self, sequence: int, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
+        """Extend a sequence by `token`, then greedily; return the tokens chosen, the last not yet in it.
+
+        Chooses `count` tokens, or ends early after one of `stops`. Of equal logits the lowest token wins.
+        Raises as `step` does, and then nothing has changed.
+        """
+        if count < 1:
+            raise UserError(f"count must be at least 1, found {count}")
+        return self._checked(
+            self._engine.decode, sequence, int(_token_array([token])[0]), count, _token_array(stops)
+        )
+
     def stats(self) -> dict:
         """Return the counts since the last reset (csrc/engine.h, Stats)."""
         return self._engine.stats()
@@ -112,18 +146,29 @@ class CpuEngine:
     def sparsity(self, before: dict, after: dict) -> dict[str, list[float]]:
         """Return the share skipped between two counts of `stats()`, by site, one value for each layer.
 
-        Only sites that have a sparsifier are named. q stands for q, k, v, which share their input; gate
-        likewise.
+        Only sites with zeros are named. q stands for q, k, v where they share their mask; gate likewise.
         """
-        tokens = after["tokens"] - before["tokens"]
-        hidden, neurons = self.header.numbers["hidden_size"], self.header.numbers["intermediate_size"]
-        widths = {"q": ("attention_inputs_used", hidden), "gate": ("mlp_inputs_used", hidden)}
-        widths["neuron"] = ("neurons_used", neurons)
+        tokens = max(1, after["tokens"] - before["tokens"])
         shares = {
-            site: [1 - (a - b) / max(1, tokens * width) for a, b in zip(after[key], before[key], strict=True)]
-            for site, (key, width) in widths.items()
+            site: [1 - (a - b) / (tokens * self._width(site)) for a, b in zip(now, past, strict=True)]
+            for (site, now), past in zip(after["used"].items(), before["used"].values(), strict=True)
         }
-        return {site: values for site, values in shares.items() if any(values)}
+        return {site: s for site, s in shares.items() if any(s) and not self._follows(site, len(s))}
+
+    def _width(self, site: str) -> int:
+        numbers = self.header.numbers
+        if site in ("neuron", "down"):
+            return int(numbers["intermediate_size"])
+        return int(numbers["num_heads"] * numbers["head_dim"] if site == "o" else numbers["hidden_size"])
+
+    def _follows(self, site: str, num_layers: int) -> bool:
+        """Tell whether a site shares another one's mask, which stands for it, wherever that has one."""
+        leader = {"k": "q", "v": "q", "up": "gate"}.get(site)
+        if leader is None:
+            return False
+        numbers = self.header.numbers
+        masked = [i for i in range(num_layers) if f"layers.{i}.{site}.select" in numbers]
+        return all(f"layers.{i}.{site}.shares_{leader}" in numbers for i in masked)
 
     def reset_stats(self) -> None:
         self._engine.reset_stats()
@@ -136,6 +181,12 @@ class CpuEngine:
             raise OutOfContext(str(error)) from None
         except (ValueError, TypeError) as error:
             raise UserError(str(error).splitlines()[0]) from None
+
+
+def _default_kv_dtype(header: Header) -> str:
+    """Return "f32" for a model stored in f32, so that it stays exact, else "f16"."""
+    embedding = header.tensors.get("embedding")
+    return "f32" if embedding is None or embedding.dtype == F32 else "f16"
 
 
 def _work_items(work: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, np.ndarray]]:

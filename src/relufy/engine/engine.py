@@ -9,6 +9,7 @@ from relufy.engine.generate import Generation, Request
 from relufy.engine.packed_file import is_packed_file
 from relufy.engine.sampling import Sampling
 from relufy.engine.tokenizer import ModelTokenizer
+from relufy.errors import UserError
 
 
 class Engine(CpuEngine):
@@ -18,15 +19,28 @@ class Engine(CpuEngine):
         for piece in engine.generate("It was a dark night", max_new_tokens=50):
             print(piece, end="")
 
-    `model` is a packed file, a checkpoint folder, "bundled" or a hub id. See CpuEngine for the other
-    arguments and the interface by tokens. Raises UserError if it can't be run.
+    `model` is a packed file, a checkpoint folder, "bundled" or a hub id; `dtype` is the type of the weights
+    that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). See CpuEngine for the other arguments and
+    the interface by tokens. Raises UserError if it can't be run.
     """
 
     def __init__(
-        self, model: str | Path, threads: int | None = None, context: int | None = None, skip: bool = True
+        self,
+        model: str | Path,
+        threads: int | None = None,
+        context: int | None = None,
+        skip: bool = True,
+        kv_dtype: str | None = None,
+        load: bool = False,
+        dtype: str | None = None,
     ):
         path = Path(model)
-        super().__init__(path if is_packed_file(path) else packed_model(model), threads, context, skip)
+        if is_packed_file(path):
+            if dtype is not None:
+                raise UserError(f"{path} is packed already; dtype is for a checkpoint")
+        else:
+            path = packed_model(model, dtype or "f32")
+        super().__init__(path, threads, context, skip, kv_dtype, load)
         self._tokenizer: ModelTokenizer | None = None
 
     @property

@@ -117,7 +117,7 @@ def _write(
     engine: CpuEngine, tokenizer: ModelTokenizer, request: Request, written: _Written
 ) -> Iterator[str]:
     """Prefill, then decode token by token, yielding text as it becomes certain."""
-    sequence, clock = engine.new_sequence(), _Clock(engine)
+    sequence, clock = engine.new_sequence(len(request.prompt_ids)), _Clock(engine)
     text = _StoppableText(tokenizer.stream(request.prompt_ids), request.stop)
     try:
         logits = clock.time("prefill", lambda: engine.step([(sequence, request.prompt_ids)]))

@@ -75,10 +75,14 @@ def _packed_info(path: Path) -> dict[str, Any]:
         "path": str(path),
         "format_version": VERSION,
         "bytes": header.file_bytes,
+        "parameters": header.parameters(),
+        "bits_per_weight": header.bits_per_weight(),
+        "packed_for": metadata.get("for"),
         "weight_bytes": {DTYPES[dtype]: size for dtype, size in _bytes_by(stored, "dtype").items()},
         "layout_bytes": {LAYOUTS[layout]: size for layout, size in _bytes_by(stored, "layout").items()},
         "model": metadata.get("model"),
         **_config_info(metadata.get("config", {})),
+        "dtype": metadata.get("dtype"),
     }
 
 

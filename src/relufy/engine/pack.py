@@ -1,13 +1,15 @@
 """From a Hugging Face checkpoint folder to one packed file, without torch.
 
 The layout follows what can be skipped. Rows of weights are stored side by side by output where all are read
-or rows are skipped; by input where the input has zeros; and `[up_i | down_i]` by neuron where
-neurons are skipped.
+or rows are skipped; by input where the input has zeros; and `[up_i | down_i]` by neuron where neurons of a
+gated MLP are skipped.
 """
 
 import json
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,51 +17,71 @@ from typing import Any
 import numpy as np
 
 from relufy.activation_sparsity import read_activation_sparsity
-from relufy.engine.packed_file import METADATA, PackedFileWriter, padded
+from relufy.engine.packed_file import METADATA
+from relufy.engine.packed_numbers import numbers
+from relufy.engine.packed_writer import PackedFileWriter
+from relufy.engine.quantize import DTYPES, INTEGER
 from relufy.engine.safetensors_folder import SafetensorsFolder
-from relufy.engine.spec import ACTIVATIONS, DecoderSpec, LayerSpec, decoder_spec
+from relufy.engine.source_tensors import check_checkpoint, mask_module
+from relufy.engine.spec import DecoderSpec, decoder_spec
 from relufy.errors import UserError
 from relufy.hub import model_folder, read_config
+from relufy.schema import suggest
 
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """Small files of a checkpoint that travel in the packed file."""
 
-DTYPES = ("f32",)
-MAX_PARTITIONS = 16
+PURPOSES = ("exact", "dense")
+"""What a file can be packed for: skipping what zeros make unnecessary, or reading every weight."""
+LATER = ("reuse", "predicted")
+
+VECTOR_NAMES = {"threshold": "thresholds", "weight": "weight", "centre": "centre"}
+"""The packed file's names for a mask's tensors."""
 
 Progress = Callable[[int, int], None]
-"""Called with the tensors written so far and their total."""
+"""Called with the steps done so far and their total."""
 
 
-def neurons_per_partition(intermediate_size: int) -> int:
-    """Return the size of the fixed groups in which the MLP's neurons are claimed and summed."""
-    return padded(-(-intermediate_size // MAX_PARTITIONS))
-
-
-def pack(model: str | Path, output: Path | str, dtype: str = "f32", progress: Progress | None = None) -> Path:
+def pack(
+    model: str | Path,
+    output: Path | str,
+    dtype: str = "f32",
+    for_: str = "exact",
+    progress: Progress | None = None,
+) -> Path:
     """Pack a checkpoint into the file `output`, atomically, and return its path.
 
-    `model` is a folder, "bundled" or a hub id. `dtype` is the type of the stored weights ("f32"). Raises
-    UserError if the checkpoint is damaged or the engine can't run such a model.
+    `model` is a folder, "bundled" or a hub id. `dtype` is the type of the stored weights: "f32", "bf16",
+    "int8" or "int4" (with embedding and head as int8). `for_` decides the layout: "exact" skips, "dense"
+    reads every weight. Raises UserError if the checkpoint is damaged or the engine can't run such a model.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"weights can't be packed as {dtype!r} yet; there is {', '.join(DTYPES)}")
+    check_choice(dtype, for_)
     folder = model_folder(model)
     config = read_config(folder)
-    spec = decoder_spec(config)
-    weights = SafetensorsFolder(folder)
-    _check_shapes(weights, spec)
+    packer = _Packer(decoder_spec(config), SafetensorsFolder(folder), dtype, for_)
+    check_checkpoint(packer.weights, packer.spec)
     blobs = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
-    blobs[METADATA] = json.dumps(_metadata(folder, config)).encode()
-    steps = list(_tensors(spec))
-    with PackedFileWriter(Path(output), _numbers(spec), len(steps) + len(blobs)) as writer:
+    blobs[METADATA] = json.dumps(_metadata(folder, config) | {"dtype": dtype, "for": for_}).encode()
+    steps = list(packer.steps())
+    num_tensors = len(blobs) + sum(step.num_tensors for step in steps)
+    with PackedFileWriter(Path(output), numbers(packer.spec), num_tensors) as writer:
         for name, content in blobs.items():
             writer.add_blob(name, content)
-        for done, add in enumerate(steps, 1):
-            add(writer, weights)
+        for done, step in enumerate(steps, 1):
+            step.write(writer)
             if progress:
                 progress(done, len(steps))
     return Path(output)
+
+
+def check_choice(dtype: str, for_: str) -> None:
+    """Raise UserError for a type of weights or a purpose that there is not."""
+    if dtype not in DTYPES:
+        raise UserError(f"weights can't be packed as {dtype!r}{suggest(dtype, list(DTYPES))}")
+    if for_ in LATER:
+        raise UserError(f"the engine has no mode {for_!r} yet; pack for {' or '.join(PURPOSES)}")
+    if for_ not in PURPOSES:
+        raise UserError(f"a model can't be packed for {for_!r}{suggest(for_, list(PURPOSES))}")
 
 
 def _metadata(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -75,112 +97,132 @@ def _metadata(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(spec: DecoderSpec) -> dict[str, float]:
-    """Return the specification as the named numbers that csrc/decoder.cpp reads."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    )
-    numbers = {name: float(getattr(spec, name)) for name in (*names, "max_context", "norm_eps")}
-    numbers["neurons_per_partition"] = neurons_per_partition(spec.intermediate_size)
-    for index, layer in enumerate(spec.layers):
-        prefix = f"layers.{index}."
-        numbers[prefix + "activation"] = ACTIVATIONS[layer.activation]
-        numbers[prefix + "shift"] = layer.shift
-        numbers[prefix + "attention_input_relu"] = layer.attention_input_relu
-        numbers[prefix + "mlp_input_relu"] = layer.mlp_input_relu
-    return numbers
+@dataclass(frozen=True)
+class _Step:
+    """One thing to write, and how many tensors of the file it makes."""
+
+    write: Callable[[PackedFileWriter], None]
+    num_tensors: int = 1
 
 
-Step = Callable[[PackedFileWriter, SafetensorsFolder], None]
+@dataclass(frozen=True)
+class _Packer:
+    """Gives the steps that write a file, in the order in which a token needs the tensors."""
 
+    spec: DecoderSpec
+    weights: SafetensorsFolder
+    dtype: str
+    for_: str
 
-def _tensors(spec: DecoderSpec) -> Iterator[Step]:
-    """Yield one step for each tensor of the file, in the order in which a token needs them."""
-    yield _rows("embedding", "model.embed_tokens.weight")
-    yield lambda writer, _: writer.add_vector("rope_frequencies", np.array(spec.rope_frequencies, np.float32))
-    for index, layer in enumerate(spec.layers):
-        yield from _layer_tensors(layer, f"layers.{index}.", f"model.layers.{index}.")
-    yield _vector("final_norm", "model.norm.weight")
-    if not spec.tied_head:
-        yield _rows("head", "lm_head.weight")
+    @property
+    def wide_dtype(self) -> str:
+        """The type of embedding and head, which four bits would hurt most for what they save."""
+        return "int8" if self.dtype == "int4" else self.dtype
 
+    @property
+    def float_dtype(self) -> str:
+        """The type of low-rank corrections."""
+        return "f32" if self.dtype == "f32" else "bf16"
 
-def _layer_tensors(layer: LayerSpec, prefix: str, source: str) -> Iterator[Step]:
-    yield _vector(prefix + "attention_norm", source + "input_layernorm.weight")
-    for name in ("q", "k", "v"):
-        yield _matrix(prefix + name, f"{source}self_attn.{name}_proj.weight", layer.attention_input_relu)
-    yield _rows(prefix + "o", source + "self_attn.o_proj.weight")
-    yield _vector(prefix + "mlp_norm", source + "post_attention_layernorm.weight")
-    yield _matrix(prefix + "gate", source + "mlp.gate_proj.weight", layer.mlp_input_relu)
-    up, down = source + "mlp.up_proj.weight", source + "mlp.down_proj.weight"
-    if layer.has_sparse_neurons:
-        yield lambda writer, weights: writer.add_bundle(
-            prefix + "up_down", weights.read(up), weights.read(down)
+    def steps(self) -> Iterator[_Step]:
+        family = self.spec.family
+        yield self._rows("embedding", family.module("embedding") + ".weight", self.wide_dtype)
+        if family.positions == "learned":
+            yield _Step(self._write_positions)
+        else:
+            frequencies = np.array(self.spec.rope_frequencies, np.float32)
+            yield _Step(lambda writer: writer.add_vector("rope_frequencies", frequencies))
+        for layer in range(self.spec.num_layers):
+            yield from self._layer(layer)
+        yield from self._norm("final_norm", family.module("final_norm"))
+        if not self.spec.tied_head:
+            yield self._rows("head", family.module("head") + ".weight", self.wide_dtype)
+
+    def _layer(self, layer: int) -> Iterator[_Step]:
+        module = partial(self.spec.family.module, layer=layer)
+        prefix, is_bundled = f"layers.{layer}.", self._is_bundled(layer)
+        yield from self._norm(prefix + "attention_norm", module("attention_norm"))
+        for name in self.spec.matrix_shapes():
+            if name == ("gate" if self.spec.family.is_gated else "up"):
+                yield from self._norm(prefix + "mlp_norm", module("mlp_norm"))
+            if not is_bundled or name not in ("up", "down"):
+                yield self._matrix(layer, name)
+            elif name == "up":
+                yield self._bundle(layer)
+        for name in self.spec.matrix_shapes():
+            if name in self.spec.biased or self._has_centre(layer, name):
+                yield _Step(partial(self._write_bias, layer=layer, name=name))
+        for site in self.spec.layers[layer].masks:
+            yield from self._mask(layer, site)
+
+    def _is_bundled(self, layer: int) -> bool:
+        """Tell whether up and down lie side by side; a correction needs products of whole matrices."""
+        found = self.spec.layers[layer]
+        is_corrected = any(site in found.masks and found.masks[site].correction for site in ("up", "down"))
+        is_gated = self.spec.family.is_gated
+        return self.for_ == "exact" and is_gated and found.has_sparse_neurons and not is_corrected
+
+    def _has_sparse_input(self, layer: int, name: str) -> bool:
+        found = self.spec.layers[layer]
+        is_neuron = name == "down" and not self.spec.family.is_gated and found.has_sparse_neurons
+        return self.for_ == "exact" and (name in found.masks or is_neuron)
+
+    def _has_centre(self, layer: int, name: str) -> bool:
+        mask = self.spec.layers[layer].masks.get(name)
+        return mask is not None and "centre" in mask.per_channel
+
+    def _norm(self, name: str, module: str) -> Iterator[_Step]:
+        yield self._vector(name, module + ".weight")
+        if self.spec.family.norm == "layer":
+            yield self._vector(name + ".bias", module + ".bias")
+
+    def _vector(self, name: str, source: str) -> _Step:
+        return _Step(lambda writer: writer.add_vector(name, self.weights.read(source)))
+
+    def _rows(self, name: str, source: str, dtype: str) -> _Step:
+        return _Step(
+            lambda writer: writer.add_rows(name, self.weights.read(source), dtype), 1 + (dtype in INTEGER)
         )
-    else:
-        yield _matrix(prefix + "up", up, layer.mlp_input_relu)
-        yield _rows(prefix + "down", down)
 
+    def _matrix(self, layer: int, name: str) -> _Step:
+        source = self.spec.family.module(name, layer) + ".weight"
+        has_sparse_input = self._has_sparse_input(layer, name)
 
-def _vector(name: str, source: str) -> Step:
-    return lambda writer, weights: writer.add_vector(name, weights.read(source))
+        def write(writer: PackedFileWriter) -> None:
+            add = writer.add_columns if has_sparse_input else writer.add_rows
+            add(f"layers.{layer}.{name}", self.weights.read(source), self.dtype)
 
+        return _Step(write, 1 + (self.dtype in INTEGER))
 
-def _rows(name: str, source: str) -> Step:
-    return lambda writer, weights: writer.add_rows(name, weights.read(source))
+    def _bundle(self, layer: int) -> _Step:
+        up, down = (self.spec.family.module(name, layer) + ".weight" for name in ("up", "down"))
 
+        def write(writer: PackedFileWriter) -> None:
+            weights = self.weights.read(up), self.weights.read(down)
+            writer.add_bundle(f"layers.{layer}.up_down", *weights, self.dtype)
 
-def _matrix(name: str, source: str, has_sparse_input: bool) -> Step:
-    if not has_sparse_input:
-        return _rows(name, source)
-    return lambda writer, weights: writer.add_columns(name, weights.read(source))
+        return _Step(write, 1 + 2 * (self.dtype in INTEGER))
 
+    def _mask(self, layer: int, site: str) -> Iterator[_Step]:
+        mask, source = self.spec.layers[layer].masks[site], mask_module(self.spec, layer, site)
+        prefix = f"layers.{layer}.{site}."
+        for name in mask.per_channel:
+            yield self._vector(prefix + VECTOR_NAMES[name], f"{source}.{name}")
+        if mask.correction:
+            for name in ("low_rank_in", "low_rank_out"):
+                yield self._rows(prefix + name, f"{source}.{name}", self.float_dtype)
 
-def _check_shapes(weights: SafetensorsFolder, spec: DecoderSpec) -> None:
-    """Refuse a checkpoint whose tensors are not those of its config.json, before anything is written."""
-    expected = _expected_shapes(spec)
-    for name, shape in expected.items():
-        if weights.shape(name) != shape:
-            found = weights.shape(name)
-            raise UserError(
-                f"{weights.folder}: {name} has shape {list(found)}, config.json says {list(shape)}"
-            )
-    ignorable = {"lm_head.weight"} if spec.tied_head else set()
-    unknown = [
-        n for n in weights.names() if n not in expected and n not in ignorable and "rotary_emb" not in n
-    ]
-    if unknown:
-        raise UserError(f"{weights.folder}: the engine has no place for the tensor {unknown[0]}")
+    def _write_positions(self, writer: PackedFileWriter) -> None:
+        table = self.weights.read(self.spec.family.module("position_embedding") + ".weight")
+        writer.add_rows("position_embedding", table[self.spec.family.position_offset :])
 
-
-def _expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    d, f = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (spec.vocab_size, d),
-        "model.norm.weight": (d,),
-    }
-    if not spec.tied_head:
-        shapes["lm_head.weight"] = (spec.vocab_size, d)
-    for index in range(spec.num_layers):
-        shapes |= {
-            f"model.layers.{index}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (d,),
-                "post_attention_layernorm": (d,),
-                "self_attn.q_proj": (queries, d),
-                "self_attn.k_proj": (keys, d),
-                "self_attn.v_proj": (keys, d),
-                "self_attn.o_proj": (d, queries),
-                "mlp.gate_proj": (f, d),
-                "mlp.up_proj": (f, d),
-                "mlp.down_proj": (d, f),
-            }.items()
-        }
-    return shapes
+    def _write_bias(self, writer: PackedFileWriter, layer: int, name: str) -> None:
+        """Write a bias; an input's centre c is folded into it as W c, of the weights as they are stored."""
+        outputs, _ = self.spec.matrix_shapes()[name]
+        bias = np.zeros(outputs)
+        if name in self.spec.biased:
+            bias += self.weights.read(self.spec.family.module(name, layer) + ".bias")
+        if self._has_centre(layer, name):
+            centre = self.weights.read(f"{mask_module(self.spec, layer, name)}.centre").astype(np.float64)
+            bias += writer.stored(f"layers.{layer}.{name}").times(centre)
+        writer.add_vector(f"layers.{layer}.{name}.bias", bias)

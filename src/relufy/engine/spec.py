@@ -1,50 +1,81 @@
 """The canonical decoder as data: what a config.json says, in the words of the engine.
 
-RMSNorm, rotary positions, grouped-query attention, a gated MLP, a tied or untied head. What a configuration
-asks for beyond that is refused by name; nothing is ignored.
+RMSNorm or LayerNorm, rotary or learned positions, grouped-query attention, a gated or plain MLP, biases, a
+tied or untied head, and masks at any site. What a configuration asks for beyond that is refused by name;
+nothing is ignored.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-
-from relufy.activation_sparsity import ActivationSparsity, activation_name, read_activation_sparsity
+from relufy.activation_sparsity import (
+    NATIVE_ACTIVATIONS,
+    RELUFY_ACT,
+    SELECTIONS,
+    SITES,
+    ActivationSparsity,
+    Sparsifier,
+    activation_name,
+    read_activation_sparsity,
+)
+from relufy.engine.families import FAMILIES, Family
+from relufy.engine.positions import rope_frequencies
 from relufy.errors import UserError
 
-FAMILIES = ("llama", "mistral")
-"""The `model_type`s that the canonical decoder expresses."""
-
-ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "relu2": 2}
+ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "fatrelu": 5}
 """The engine's number for each activation (csrc/kernels.h, Activation)."""
-
-UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "sliding_window": None}
-"""Settings that must be off, and what they are where a configuration does not say."""
-UNSUPPORTED_DEFAULTS = {"mistral": {"sliding_window": 4096}}
+OWN_NAMES = NATIVE_ACTIVATIONS | {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""What configurations call a model's own activation."""
+SPARSE_NAMES = {"relu": "relu", "relu2": "relu2", "fatrelu": "fatrelu", "drelu": "relu", "helu": "relu"}
+"""The activation of the gate for each function at `neuron`. HeLU differs from ReLU in training alone."""
+SELECTED_BY = ("relu", *SELECTIONS)
+"""The functions of masks."""
+WITH_ZEROS = ("relu", "relu2", "fatrelu")
 
 MAX_CONTEXT = 1 << 31
-
-ATTENTION_INPUT = ("q", "k", "v")
-MLP_INPUT = ("gate", "up")
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ between layers: the activation and the sites with zeros."""
+    """What may differ between layers: the activation, and the masks by site."""
 
     activation: str
-    shift: float
-    has_sparse_neurons: bool
-    attention_input_relu: bool
-    mlp_input_relu: bool
+    shift: float = 0.0
+    cutoff: float = 0.0
+    has_up_relu: bool = False
+    deviations: float | None = None
+    masks: Mapping[str, Sparsifier] = field(default_factory=dict)
+
+    def shares_mask(self, sites: tuple[str, ...]) -> bool:
+        """Tell whether one mask serves these projections, and so sits where their input is made."""
+        masks = [self.masks.get(site) for site in sites]
+        return (
+            bool(masks)
+            and masks[0] is not None
+            and all(m is masks[0] for m in masks)
+            and not masks[0].correction
+        )
+
+    @property
+    def has_sparse_neurons(self) -> bool:
+        """Whether neurons can be skipped: their activation makes exact zeros, or there is a mask."""
+        has_zeros = self.activation in WITH_ZEROS or self.deviations is not None
+        return has_zeros or "neuron" in self.masks
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder that the engine can run. Widths are in elements."""
+    """A decoder that the engine can run. Widths are in elements; `biased` names the matrices with a bias."""
 
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -55,115 +86,151 @@ class DecoderSpec:
     max_context: int
     norm_eps: float
     tied_head: bool
+    biased: frozenset[str]
     rope_frequencies: tuple[float, ...]
     layers: tuple[LayerSpec, ...]
 
     def is_sparse(self) -> bool:
-        return any(s.has_sparse_neurons or s.attention_input_relu or s.mlp_input_relu for s in self.layers)
+        return any(layer.has_sparse_neurons or layer.masks for layer in self.layers)
+
+    def readers(self, site: str) -> tuple[str, ...]:
+        """Return the projections that read the same norm's output as this one, or none."""
+        inputs = (("q", "k", "v"), ("gate", "up") if self.family.is_gated else ("up",))
+        return next((sites for sites in inputs if site in sites), ())
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (outputs, inputs) of a layer's matrices."""
+        hidden, neurons = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+        gate = {"gate": (neurons, hidden)} if self.family.is_gated else {}
+        return shapes | gate | {"up": (neurons, hidden), "down": (hidden, neurons)}
 
 
 def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Read a config.json. Raises UserError, naming what the engine lacks, if it can't be run."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"the engine can't run models of type {family!r} yet; it runs {', '.join(FAMILIES)}")
-    for key, default in {**UNSUPPORTED, **UNSUPPORTED_DEFAULTS.get(family, {})}.items():
-        if config.get(key, default):
-            raise UserError(
-                f"the engine can't run this {family} model yet: it has {key}={config.get(key, default)}"
-            )
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"the engine can't run models of type {name!r} yet; it runs {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    _check_settings(config, name, family)
     try:
-        num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
-        head_dim = int(config.get("head_dim") or hidden_size // num_heads)
-        num_layers = int(config["num_hidden_layers"])
-        spec = DecoderSpec(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=hidden_size,
-            intermediate_size=int(config["intermediate_size"]),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=head_dim,
-            max_context=int(config.get("max_position_embeddings", 2048)),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied_head=bool(config.get("tie_word_embeddings", False)),
-            rope_frequencies=_rope_frequencies(config, head_dim),
-            layers=_layers(config, num_layers),
-        )
+        spec = _decoder_spec(config, family)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"config.json does not describe a {family} model: {error!r}") from None
-    sizes = (name for name, value in vars(spec).items() if isinstance(value, int | float) and value <= 0)
-    if wrong := [name for name in sizes if name != "tied_head"]:
-        raise UserError(f"config.json: {wrong[0]} is {getattr(spec, wrong[0])}, which can't be right")
+        raise UserError(f"config.json does not describe a {name} model: {error!r}") from None
+    _check_sizes(spec)
+    _check_selections(spec)
+    return spec
+
+
+def _check_settings(config: Mapping[str, Any], name: str, family: Family) -> None:
+    for key, must in family.must.items():
+        value = config.get(key, must.default)
+        if bool(value) != bool(must.be):
+            raise UserError(f"the engine can't run this {name} model yet: it has {key}={value}")
+    for key, other in family.equal_sizes:
+        if config.get(key) not in (None, config.get(other)):
+            raise UserError(
+                f"the engine can't run this {name} model yet: it has {key}={config[key]}, "
+                f"and {other}={config.get(other)}"
+            )
+
+
+def _decoder_spec(config: Mapping[str, Any], family: Family) -> DecoderSpec:
+    values = dict(family.defaults) | {
+        name: config[key] for name, key in family.keys.items() if config.get(key) is not None
+    }
+    hidden_size, num_heads = int(values["hidden_size"]), int(values["num_heads"])
+    num_layers = int(values["num_layers"])
+    head_dim = int(values.get("head_dim") or hidden_size // num_heads)
+    is_rotary = family.positions == "rotary"
+    return DecoderSpec(
+        family=family,
+        vocab_size=int(values["vocab_size"]),
+        hidden_size=hidden_size,
+        intermediate_size=int(values["intermediate_size"]),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=int(values.get("num_kv_heads") or num_heads),
+        head_dim=head_dim,
+        max_context=int(values["max_context"]),
+        norm_eps=float(values["norm_eps"]),
+        tied_head=bool(values["tied_head"]),
+        biased=frozenset(
+            matrix
+            for matrices, (key, default) in family.biases.items()
+            if config.get(key, default)
+            for matrix in matrices
+        ),
+        rope_frequencies=rope_frequencies(config, head_dim) if is_rotary else (),
+        layers=_layers(config, family, num_layers),
+    )
+
+
+def _check_sizes(spec: DecoderSpec) -> None:
+    numbers = {n: v for n, v in vars(spec).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    if wrong := [name for name, value in numbers.items() if value <= 0]:
+        raise UserError(f"config.json: {wrong[0]} is {numbers[wrong[0]]}, which can't be right")
     if spec.max_context > MAX_CONTEXT:
         raise UserError(f"config.json: a context of {spec.max_context} positions can't be right")
     if spec.head_dim % 2 or spec.num_heads % spec.num_kv_heads:
         raise UserError(
-            f"config.json: {num_heads} heads of {head_dim} over {spec.num_kv_heads} can't be right"
+            f"config.json: {spec.num_heads} heads of {spec.head_dim} over {spec.num_kv_heads} can't be right"
         )
-    return spec
 
 
-def _layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerSpec, ...]:
+def _check_selections(spec: DecoderSpec) -> None:
+    shapes = spec.matrix_shapes()
+    for layer in spec.layers:
+        for site, mask in layer.masks.items():
+            channels = spec.intermediate_size if site == "neuron" else shapes[site][1]
+            if (mask.k or 0) > channels:
+                raise UserError(f"a top-k at {site} keeps {mask.k} entries of {channels}; lower k")
+
+
+def _layers(config: Mapping[str, Any], family: Family, num_layers: int) -> tuple[LayerSpec, ...]:
     sparsity = read_activation_sparsity(config)
-    base = activation_name(config) or "silu"
-    return tuple(_layer(sparsity, base, index) for index in range(num_layers))
+    own = activation_name(config) or family.defaults["activation"]
+    return tuple(_layer(sparsity, own, family, index) for index in range(num_layers))
 
 
-def _layer(sparsity: ActivationSparsity, base: str, index: int) -> LayerSpec:
-    for site in ("o", "down"):
-        if sparsity.at(site, index):
-            raise UserError(f"the engine can't skip on the input of {site} yet")
-    neuron = sparsity.at("neuron", index)
-    activation = neuron.function if neuron else base
-    if activation not in ACTIVATIONS:
-        raise UserError(f"the engine has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
+def _layer(sparsity: ActivationSparsity, own: str, family: Family, index: int) -> LayerSpec:
+    found = {site: s for site in SITES if (s := sparsity.at(site, index))}
+    if not family.is_gated:
+        _check_plain(found)
+    neuron = found.get("neuron")
+    masks = {site: s for site, s in found.items() if site != "neuron" or s.is_selection}
+    for site, mask in masks.items():
+        if mask.function not in SELECTED_BY:
+            raise UserError(f"the engine can't mask the input of {site} by {mask.function!r}")
+    if neuron is None or neuron.is_selection:
+        return LayerSpec(activation=_own_activation(own), masks=masks)
+    if neuron.function == "statistical_topk":
+        deviations = NormalDist().inv_cdf(neuron.sparsity or 0.5)
+        return LayerSpec(activation=_own_activation(own), deviations=deviations, masks=masks)
     return LayerSpec(
-        activation=activation,
-        shift=neuron.shift if neuron else 0.0,
-        has_sparse_neurons=neuron is not None,
-        attention_input_relu=_shared_relu(sparsity, ATTENTION_INPUT, index),
-        mlp_input_relu=_shared_relu(sparsity, MLP_INPUT, index),
+        activation=SPARSE_NAMES[neuron.function],
+        shift=neuron.shift,
+        cutoff=neuron.threshold or 0.0,
+        has_up_relu=neuron.function == "drelu",
+        masks=masks,
     )
 
 
-def _shared_relu(sparsity: ActivationSparsity, sites: tuple[str, ...], index: int) -> bool:
-    functions = {s.function if (s := sparsity.at(site, index)) else None for site in sites}
-    if functions not in ({None}, {"relu"}):
-        raise UserError(f"the engine needs one ReLU on the shared input of {' '.join(sites)}, or none")
-    return functions == {"relu"}
+def _check_plain(found: Mapping[str, Sparsifier]) -> None:
+    if "gate" in found:
+        raise UserError("there is no gate in a plain MLP: the site of its first projection is 'up'")
+    if "neuron" in found and "down" in found:
+        raise UserError("in a plain MLP 'neuron' and 'down' are one site; set one of them")
+    if "neuron" in found and found["neuron"].function == "drelu":
+        raise UserError("dReLU needs a gated MLP, and this model's is plain")
 
 
-def _rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Return the angle per position of each rotated pair, in float32 as transformers computes it."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if config.get("rope_scaling") not in (None, rope):
-        raise UserError("config.json has both rope_parameters and rope_scaling, and they differ; keep one")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("the engine can't rotate a part of each head yet (partial_rotary_factor)")
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
-    if kind != "default" and not rope.get("factor", 1.0) > 0:
-        raise UserError(f"config.json: the rotary positions {dict(rope)} make no sense")
-    if kind == "linear":
-        frequencies = frequencies / np.float32(rope["factor"])
-    elif kind == "llama3":
-        frequencies = _llama3_frequencies(frequencies, rope)
-    elif kind != "default":
-        raise UserError(
-            f"the engine can't scale rotary positions by {kind!r} yet; it knows linear and llama3"
-        )
-    return tuple(float(f) for f in frequencies)
-
-
-def _llama3_frequencies(frequencies: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    """Slow the low frequencies by `factor`, keep the high ones, and blend between (Llama 3.1)."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    wavelengths = 2 * math.pi / frequencies
-    turns = rope["original_max_position_embeddings"] / wavelengths
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * frequencies / rope["factor"] + blend * frequencies).astype(np.float32)
+def _own_activation(name: str) -> str:
+    if name == RELUFY_ACT:
+        raise UserError("config.json does not say which activation the model has of its own")
+    if name not in OWN_NAMES:
+        raise UserError(f"the engine has no activation {name!r}; it has {', '.join(OWN_NAMES)}")
+    return OWN_NAMES[name]

@@ -11,6 +11,7 @@ _PUBLIC = {
     "observe_sites": "observe",
     "save_checkpoint": "checkpoint",
     "sparsity_of": "configuration",
+    "sparsity_tensors": "sparsifiers",
 }
 
 

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from relufy.activation_sparsity import BLOCK_KEY
+from relufy.activation_sparsity import BLOCK_KEY, FATRELU, activation_name, read_activation_sparsity
 from relufy.errors import UserError
 from relufy.files import replacing
 from relufy.hub import model_folder, read_config, weight_files
@@ -32,7 +39,12 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     weight_files(folder)  # refuses early a checkpoint that lacks one
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            config=_pointing_config(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
         model, report = loaded
     except UserError:
@@ -43,9 +55,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
         raise UserError(
             f"{folder}: the weights lack {len(absent)} tensors of the model, {absent[0]} among them"
         )
-    if sparsity_of(model).sparsifiers and has_block(model) and not _has_pointer(model):
-        install_sparsity(model)
-        model.config.quantization_config = Pointer()
+    if not has_block(model) and activation_name(model.config.to_dict()) == FATRELU:
+        install_sparsity(model)  # sparse by nature, but not to transformers
     return model.eval()
 
 
@@ -91,8 +102,14 @@ def _complete_config(model: PreTrainedModel, file: Path, provenance: dict[str, A
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _has_pointer(model: PreTrainedModel) -> bool:
-    return getattr(model.config, "quantization_config", None) is not None
+def _pointing_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration, with the pointer to its block even where a tool has stripped it."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    has_pointer = getattr(config, "quantization_config", None) is not None
+    has_own_block = getattr(config, BLOCK_KEY, None) is not None
+    if has_own_block and not has_pointer and read_activation_sparsity(config.to_dict()).sparsifiers:
+        config.quantization_config = Pointer().to_dict()
+    return config
 
 
 def _one_line(error: Exception) -> str:

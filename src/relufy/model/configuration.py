@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from relufy.activation_sparsity import (
     BLOCK_KEY,
     RELUFY_ACT,
     ActivationSparsity,
+    Sparsifier,
     read_activation_sparsity,
 )
 from relufy.errors import UserError
 
 POINTER_METHOD = "relufy"
 POINTER_VERSION = 1
+
+STOCK_NAMES = {"relu": "relu", "relu2": "relu2", "helu": "relu"}
+"""The activations that transformers computes, by function; a HeLU is a ReLU but for its gradient."""
 
 
 class Pointer(QuantizationConfigMixin):
@@ -48,17 +53,62 @@ def has_block(model: nn.Module) -> bool:
     return getattr(model.config, BLOCK_KEY, None) is not None
 
 
-def write_sparsity(model: PreTrainedModel, sparsity: ActivationSparsity, activation_key: str) -> None:
+def write_sparsity(model: PreTrainedModel, sparsity: ActivationSparsity, activation_key: str | None) -> None:
     """Write block, activation name and pointer into the model's configuration, in place.
 
-    The activation's own name is written if it is all that changed, so that stock transformers computes the
-    same; in every other case a name that stock transformers doesn't have.
+    Selections leave the activation's name alone: the weights are as good without them. A function's own name
+    is written if it is all that changed, so that stock transformers computes the same; in every other case a
+    name that stock transformers doesn't have. `activation_key` may be None where no name changes.
     """
-    first, *others = sparsity.sparsifiers
-    is_stock = not others and first.sites == ("neuron",) and first.shift == 0
-    setattr(model.config, activation_key, first.function if is_stock else RELUFY_ACT)
+    if activation_key is not None:
+        own = _own_activation(model, activation_key)
+        name = _name_to_write(sparsity, own)
+        setattr(model.config, activation_key, name)
+        if name == RELUFY_ACT and uses_own_activation(sparsity, model.config.num_hidden_layers):
+            sparsity = replace(sparsity, activation=own)
     setattr(model.config, BLOCK_KEY, sparsity.to_block())
     model.config.quantization_config = Pointer()
+
+
+def activation_key_to_write(
+    model: PreTrainedModel, sparsity: ActivationSparsity, activations: Collection[str]
+) -> str | None:
+    """Return the configuration's key that has to say which activation the model has with this sparsity.
+
+    None where it may stay as it is. Raises UserError if there is none (`find_activation_key`).
+    """
+    names = [getattr(model.config, key, None) for key in ACTIVATION_KEYS]
+    if not _rewriting(sparsity) and RELUFY_ACT not in names:
+        return None
+    return find_activation_key(model, activations)
+
+
+def uses_own_activation(sparsity: ActivationSparsity, num_layers: int) -> bool:
+    """Return whether a layer computes the activation that the model had before, alone or as a part."""
+    neurons = [sparsity.at("neuron", layer) for layer in range(num_layers)]
+    return any(s is None or s.is_selection or s.function == "statistical_topk" for s in neurons)
+
+
+def _rewriting(sparsity: ActivationSparsity) -> list[Sparsifier]:
+    """Return the sparsifiers without which the weights compute something else."""
+    return [s for s in sparsity.sparsifiers if not s.is_selection or "centre" in s.per_channel]
+
+
+def _name_to_write(sparsity: ActivationSparsity, own: str | None) -> str | None:
+    rewriting = _rewriting(sparsity)
+    if not rewriting:
+        return own
+    first, *others = rewriting
+    is_only_activation = not others and first.sites == ("neuron",) and not first.shift
+    is_everywhere = first.layers is None or sum("neuron" in s.sites for s in sparsity.sparsifiers) == 1
+    if is_only_activation and is_everywhere and first.function in STOCK_NAMES:
+        return STOCK_NAMES[first.function]
+    return RELUFY_ACT
+
+
+def _own_activation(model: PreTrainedModel, activation_key: str) -> str | None:
+    name = getattr(model.config, activation_key)
+    return sparsity_of(model).activation if name == RELUFY_ACT else name
 
 
 def find_activation_key(model: PreTrainedModel, activations: Collection[str]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from relufy.model.structure import BlockSites, find_blocks
+from relufy.model.selections import Selection
+from relufy.model.structure import BlockSites, find_blocks, stack_name
 
 
 class Observer:
@@ -25,6 +26,7 @@ class Observer:
         self._is_running = False
         self._mask: torch.Tensor | None = None
         self._last: tuple[Any, Any] = (None, None)
+        self._centred: tuple[Any, Any] = (None, None)
 
     @property
     def tokens(self) -> int:
@@ -52,12 +54,19 @@ class Observer:
     def end(self) -> None:
         """Stop counting until the next forward pass begins."""
         self._is_running = False
-        self._mask, self._last = None, (None, None)
+        self._mask, self._last, self._centred = None, (None, None), (None, None)
+
+    def note_centre(self, values: torch.Tensor, centre: torch.Tensor) -> None:
+        """Remember that a mask put its centre where nothing is read: the zeros of `values` are there."""
+        if self._is_running:
+            self._centred = (values, values - centre.to(values.dtype))
 
     def count(self, site: str, layer: int, values: torch.Tensor) -> None:
         """Count the zeros of `values`, [..., width], at a site."""
         if not self._is_running:
             return
+        if values is self._centred[0]:
+            values = self._centred[1]
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
@@ -79,19 +88,22 @@ class Observer:
 def observe_sites(model: nn.Module) -> Iterator[Observer]:
     """Count zeros at every site of the model while this context lasts.
 
-    `neuron` is the activation's output; the others are the inputs of the projections. A fused projection
-    counts at each site that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not
-    recognised.
+    `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
+    Where a mask has a centre, what counts as zero is what equals it. A fused projection counts at each site
+    that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
     observer = Observer(len(blocks))
     with ExitStack() as hooks:
-        stack = model.get_submodule(blocks[0].name.rpartition(".")[0].rpartition(".")[0])
+        stack = model.get_submodule(stack_name(blocks))
         begin = stack.register_forward_pre_hook(
             lambda _module, _args, kwargs: observer.begin(kwargs.get("attention_mask")), with_kwargs=True
         )
         hooks.callback(begin.remove)
         hooks.callback(stack.register_forward_hook(lambda *_: observer.end(), always_call=True).remove)
+        for module in model.modules():
+            if isinstance(module, Selection) and module.centre is not None:
+                hooks.callback(module.register_forward_hook(_centre_hook(observer)).remove)
         for block in blocks:
             _attach(hooks, observer, block)
         yield observer
@@ -99,15 +111,22 @@ def observe_sites(model: nn.Module) -> Iterator[Observer]:
 
 def _attach(hooks: ExitStack, observer: Observer, block: BlockSites) -> None:
     for site, projection in block.projections().items():
-        hooks.callback(
-            projection.module.register_forward_pre_hook(_input_hook(observer, site, block.index)).remove
-        )
+        mask = getattr(projection.module, "sparsifier", None)
+        if isinstance(mask, Selection):
+            handle = mask.register_forward_hook(_output_hook(observer, site, block.index))
+        else:
+            handle = projection.module.register_forward_pre_hook(_input_hook(observer, site, block.index))
+        hooks.callback(handle.remove)
     output_hook = _output_hook(observer, "neuron", block.index)
     hooks.callback(block.activation.module.register_forward_hook(output_hook).remove)
 
 
 def _input_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:
     return lambda _module, args: observer.count(site, layer, args[0])
+
+
+def _centre_hook(observer: Observer) -> Callable[..., None]:
+    return lambda module, _args, output: observer.note_centre(output, module.centre)
 
 
 def _output_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:

@@ -5,6 +5,7 @@ sparsifiers on the model and takes itself off again, so that what was loaded is 
 takes adapters, and saves.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,10 +13,11 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from relufy.activation_sparsity import RELUFY_ACT
+from relufy.activation_sparsity import FATRELU, RELUFY_ACT
 from relufy.errors import UserError
+from relufy.model.activations import Placeholder
 from relufy.model.configuration import POINTER_METHOD, Pointer, has_block
-from relufy.model.sparsifiers import Placeholder, install_sparsity
+from relufy.model.sparsifiers import install_sparsity
 
 
 class RelufyQuantizer(HfQuantizer):
@@ -24,7 +26,7 @@ class RelufyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not has_block(model):
             raise UserError("config.json points at relufy, but has no block 'activation_sparsity'")
-        install_sparsity(model)
+        install_sparsity(model, _safetensors(kwargs.get("checkpoint_files") or ()))
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -42,8 +44,13 @@ class RelufyQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Tell transformers of our pointer and of our activation's name. Doing it twice is harmless."""
+    """Tell transformers of our pointer and of the activations' names. Doing it twice is harmless."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[POINTER_METHOD] = Pointer
     AUTO_QUANTIZER_MAPPING[POINTER_METHOD] = RelufyQuantizer
-    ACT2FN[RELUFY_ACT] = Placeholder
-    ACT2CLS[RELUFY_ACT] = Placeholder
+    for name in (RELUFY_ACT, FATRELU):
+        ACT2FN[name] = Placeholder
+        ACT2CLS[name] = Placeholder
+
+
+def _safetensors(files: Sequence[str]) -> list[str]:
+    return [file for file in files if str(file).endswith(".safetensors")]

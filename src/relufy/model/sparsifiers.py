@@ -1,13 +1,8 @@
-"""The functions that make zeros, and putting them on a model.
-
-`neuron` replaces the MLP's activation module. A shared input (q k v, or gate up) gets its sparsifier where
-the input is made, on the norm's output, so that every reader sees it, LoRA adapters too.
-"""
+"""Putting sparsifiers on a model: those that are wanted, or those that its configuration describes."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,55 +10,40 @@ from transformers import PreTrainedModel
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
+from relufy.model.activations import Placeholder, ReLU, StatisticalTopK, make_activation, stock_activation
 from relufy.model.compatibility import adds_zeros, check_sparsity
-from relufy.model.configuration import find_activation_key, refuse_quantized, sparsity_of, write_sparsity
+from relufy.model.configuration import (
+    activation_key_to_write,
+    refuse_quantized,
+    sparsity_of,
+    uses_own_activation,
+    write_sparsity,
+)
+from relufy.model.places import Place, find_places
+from relufy.model.selections import Selection, TokenPositions
 from relufy.model.sites import find_sites
-from relufy.model.structure import BlockSites, find_blocks
+from relufy.model.sparse_modules import (
+    AdapterGuard,
+    make_dense,
+    rectify_output,
+    sparsify_input,
+    sparsify_output,
+)
+from relufy.model.structure import BlockSites, find_blocks, stack_name
+from relufy.model.tensors import checked_tensors, present_tensors, read_tensors
 
 
-class ReLU(nn.Module):
-    """`relu(x - shift)`."""
-
-    def __init__(self, shift: float = 0.0) -> None:
-        super().__init__()
-        self.shift = shift
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.relu(x - self.shift if self.shift else x)
-
-    def extra_repr(self) -> str:
-        return f"shift={self.shift}" if self.shift else ""
-
-
-class SquaredReLU(ReLU):
-    """`relu(x - shift) ** 2`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.square(super().forward(x))
-
-
-class Placeholder(nn.Module):
-    """The activation named "relufy", before the block said which function it is. It refuses to compute."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise UserError(
-            "this relufied model was loaded without its block; load it with relufy.load_model(folder)"
-        )
-
-
-FUNCTIONS: dict[str, Callable[[float], nn.Module]] = {"relu": ReLU, "relu2": SquaredReLU}
-
-
-def make_sparsifier(sparsifier: Sparsifier) -> nn.Module:
-    """Return the module that computes the sparsifier's function."""
-    return FUNCTIONS[sparsifier.function](sparsifier.shift)
-
-
-def apply_sparsity(model: PreTrainedModel, sparsity: ActivationSparsity) -> PreTrainedModel:
+def apply_sparsity(
+    model: PreTrainedModel,
+    sparsity: ActivationSparsity,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> PreTrainedModel:
     """Put sparsifiers on the model and write its configuration, in place; return the model.
 
-    A model that has all of them already is left as it is, with a warning. Raises UserError for what the model
-    cannot have, and for what would take back or change the zeros that it has.
+    `tensors` are those that the sparsifiers need, by their names in a checkpoint (`sparsity_tensors` lists
+    them); what is not given is taken from the sparsifiers that the model has. Selections take the place of
+    selections. A model that has all sparsifiers already is left as it is, with a warning. Raises UserError
+    for what the model cannot have, and for what would take back or change the zeros of its activations.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -72,65 +52,145 @@ def apply_sparsity(model: PreTrainedModel, sparsity: ActivationSparsity) -> PreT
     refuse_quantized(model.config.to_dict(), type(model).__name__)
     blocks = find_sites(model)
     check_sparsity(blocks, sparsity)
-    present = sparsity_of(model)
-    if not adds_zeros(len(blocks), present, sparsity):
+    is_new = adds_zeros(len(blocks), sparsity_of(model), sparsity)
+    if not is_new and not tensors:
         warnings.warn("the model has these sparsifiers already; nothing was changed", stacklevel=2)
         return model
-    key = find_activation_key(model, [block.activation.name for block in blocks])
-    _put_activations(blocks, sparsity)
-    _put_on_norms(blocks, sparsity)
+    places = find_places(blocks, sparsity)
+    names = _names(places)
+    kept = {name: tensor for name, tensor in present_tensors(model).items() if name in names}
+    chosen = checked_tensors(places, kept | dict(tensors or {}), "tensors")
+    _check_own_activations(places)
+    key = activation_key_to_write(model, sparsity, [block.activation.name for block in blocks])
+    _put(model, blocks, places, chosen)
     write_sparsity(model, sparsity, key)
     return model
 
 
-def install_sparsity(model: PreTrainedModel) -> None:
-    """Put the sparsifiers that the model's configuration describes on it, in place. Twice is harmless."""
+def install_sparsity(model: PreTrainedModel, files: Sequence[str | Path] = ()) -> None:
+    """Put the sparsifiers that the model's configuration describes on it, in place. Twice is harmless.
+
+    Their tensors are those of the checkpoint's safetensors `files`, or those that the model has. Raises
+    UserError if one is missing.
+    """
     sparsity = sparsity_of(model)
-    # The activations first: a placeholder would not run the token that finds the norms.
-    _put_activations(find_blocks(model), sparsity)
+    _replace_placeholders(model, sparsity)
     blocks = find_sites(model)
     check_sparsity(blocks, sparsity)
-    _put_on_norms(blocks, sparsity)
+    places = find_places(blocks, sparsity)
+    names = _names(places)
+    kept = {name: tensor for name, tensor in present_tensors(model).items() if name in names}
+    chosen = checked_tensors(places, kept | read_tensors(files, names), "the checkpoint")
+    _check_own_activations(places)
+    _put(model, blocks, places, chosen)
 
 
-def _put_activations(blocks: Sequence[BlockSites], sparsity: ActivationSparsity) -> None:
+def sparsity_tensors(
+    blocks: Sequence[BlockSites], sparsity: ActivationSparsity
+) -> dict[str, tuple[int | None, ...]]:
+    """Return the tensors that sparsifiers need: name in a checkpoint -> shape, where None is a rank."""
+    places = find_places(blocks, sparsity)
+    return {place.checkpoint_name(n): shape for place in places for n, shape in place.tensors().items()}
+
+
+def _names(places: Sequence[Place]) -> set[str]:
+    return {place.checkpoint_name(name) for place in places for name in place.tensors()}
+
+
+def _replace_placeholders(model: PreTrainedModel, sparsity: ActivationSparsity) -> None:
+    """Give the model activations that can run the token that finds the norms."""
+    is_needed = uses_own_activation(sparsity, model.config.num_hidden_layers)
+    for block in find_blocks(model):
+        if isinstance(block.activation.module, Placeholder):
+            own = stock_activation(sparsity.activation) if is_needed else ReLU()
+            setattr(block.activation.owner, block.activation.attribute, own)
+
+
+def _check_own_activations(places: Sequence[Place]) -> None:
+    """Raise UserError where a sparsifier would build on an activation that it cannot build on."""
+    for place in places:
+        own, definition = _own_activation(place.block), place.sparsifier
+        is_cut_off = definition.function == "statistical_topk"
+        if place.kind != "activation" or not (is_cut_off or definition.is_selection):
+            continue
+        if own.state_dict():
+            raise UserError(f"{place.name}: a {definition.function} cannot wrap an activation with weights")
+        if is_cut_off and own(torch.zeros(1, device="cpu")).item():
+            raise UserError(f"{place.name}: {type(own).__name__} of 0 is not 0, so no neuron would be zero")
+
+
+def _own_activation(block: BlockSites) -> nn.Module:
+    module = block.activation.module
+    return module.activation if isinstance(module, Selection | StatisticalTopK) else module  # type: ignore[return-value]
+
+
+def _put(
+    model: nn.Module,
+    blocks: Sequence[BlockSites],
+    places: Sequence[Place],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Put the sparsifiers on their places, instead of all that were there."""
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for block in blocks:
-        if neuron := sparsity.at("neuron", block.index):
-            module = make_sparsifier(neuron).train(block.activation.module.training)
-            setattr(block.activation.owner, block.activation.attribute, module)
+        _make_block_dense(block)
+    positions = TokenPositions()
+    for place in places:
+        _put_one(place, {n: tensors[place.checkpoint_name(n)] for n in place.tensors()}, positions)
+    _put_hooks(model.get_submodule(stack_name(blocks)), stack_name(blocks), places, positions)
 
 
-def _put_on_norms(blocks: Sequence[BlockSites], sparsity: ActivationSparsity) -> None:
-    for block in blocks:
-        for norm, readers in block.shared_inputs():
-            if norm is not None and (shared := sparsity.at(readers[0], block.index)):
-                _sparsify_output(norm.module, make_sparsifier(shared))
+def _make_block_dense(block: BlockSites) -> None:
+    setattr(block.activation.owner, block.activation.attribute, _own_activation(block))
+    for part in (*block.projections().values(), *filter(None, (block.attention_norm, block.mlp_norm))):
+        make_dense(part.module)
 
 
-def _sparsify_output(norm: nn.Module, sparsifier: nn.Module) -> None:
-    """Let the norm's output pass through the sparsifier; its parameters and their names stay."""
-    if not hasattr(norm, "sparsifier"):
-        norm.__class__ = _sparse_class(type(norm))
-    norm.sparsifier = sparsifier.train(norm.training)
+def _put_one(place: Place, tensors: dict[str, torch.Tensor], positions: TokenPositions) -> None:
+    activation, definition = place.block.activation, place.sparsifier
+    tensors = _placed(tensors, place)
+    if place.kind == "norm":
+        sparsify_output(place.module, _mask(definition, tensors, positions))
+    elif place.kind == "projection":
+        sparsify_input(place.module, Selection(definition, tensors, positions))
+    else:
+        own = activation.module
+        if definition.is_selection:
+            module: nn.Module = Selection(definition, tensors, positions, own)
+        else:
+            module = make_activation(definition, own)
+        setattr(activation.owner, activation.attribute, module.train(own.training))
+        if definition.function == "drelu":
+            rectify_output(place.block.up.module)
 
 
-@cache
-def _sparse_class(base: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.sparsifier(base.forward(self, *args, **kwargs))
+def _mask(definition: Sparsifier, tensors: dict[str, torch.Tensor], positions: TokenPositions) -> nn.Module:
+    """Return the mask of a shared input."""
+    is_plain = definition.phase == "all" and not definition.dense_first_tokens
+    if not definition.is_selection and is_plain:
+        return make_activation(definition, nn.Identity())
+    return Selection(definition, tensors, positions)
 
-    def reduce(self: Any) -> tuple:
-        return _new_sparse, (base,), self.__dict__
 
-    members = {
-        "forward": forward,
-        "__reduce__": reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
+def _placed(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
+    """Return the tensors where the block's weights are; vectors in float32, so that no cut is rounded."""
+    weight: torch.Tensor = place.block.up.module.weight  # type: ignore[assignment]
+    device = "cpu" if weight.is_meta else weight.device
+    return {
+        name: tensor.to(device, weight.dtype if name.startswith("low_rank") else torch.float32)
+        for name, tensor in tensors.items()
     }
-    return type(f"Sparse{base.__name__}", (base,), members)
 
 
-def _new_sparse(base: type[nn.Module]) -> nn.Module:
-    cls = _sparse_class(base)
-    return cls.__new__(cls)
+def _put_hooks(stack: nn.Module, name: str, places: Sequence[Place], positions: TokenPositions) -> None:
+    for key, hook in list(stack._forward_pre_hooks.items()):
+        if isinstance(hook, TokenPositions | AdapterGuard):
+            del stack._forward_pre_hooks[key]
+            stack._forward_pre_hooks_with_kwargs.pop(key, None)
+    if any(p.sparsifier.phase != "all" or p.sparsifier.dense_first_tokens for p in places):
+        stack.register_forward_pre_hook(positions, with_kwargs=True)
+    own_masks = [p.name for p in places if p.kind == "projection"]
+    own_masks += [p.block.up.name for p in places if p.sparsifier.function == "drelu"]
+    if own_masks:
+        guard = AdapterGuard([projection.removeprefix(f"{name}.") for projection in own_masks])
+        stack.register_forward_pre_hook(guard, with_kwargs=True)

@@ -4,7 +4,7 @@ A block that holds any other weight matrix is refused, so that a mixture of expe
 not silently taken for a dense decoder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -107,6 +107,11 @@ def find_blocks(model: nn.Module) -> list[BlockSites]:
     """
     name, blocks = _decoder_blocks(model)
     return [_recognise(model, f"{name}.{index}", index, block) for index, block in enumerate(blocks)]
+
+
+def stack_name(blocks: Sequence[BlockSites]) -> str:
+    """Return the dotted name of the module that runs the blocks one after another."""
+    return blocks[0].name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,0 +1,98 @@
+// Attention of a KV head's queries over its blocks: scores, softmax, and the sum of values.
+//
+// Up to four queries share each load of a key or value; each has sums of its own, in one order.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd.h"
+
+namespace relufy::RELUFY_KERNELS {
+namespace {
+
+template <Dtype D>
+inline vec load_kv(const uint8_t* p, size_t i) {
+  if constexpr (D == Dtype::f32) return load(reinterpret_cast<const float*>(p) + i);
+  if constexpr (D == Dtype::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+  return load_f16(reinterpret_cast<const uint16_t*>(p) + i);
+}
+
+template <Dtype D, size_t Q>
+inline void score_block(const Attention& a, const float* queries, const uint8_t* keys, float* scores,
+                        size_t stride) {
+  constexpr size_t kVectors = kKvBlock / kLanes, kStep = kVectors < 4 ? kVectors : 4;
+  for (size_t j = 0; j < kVectors; j += kStep) {
+    vec sums[Q][kStep] = {};
+    for (size_t i = 0; i < a.head_dim; ++i)
+      for (size_t v = 0; v < kStep; ++v) {
+        vec key = load_kv<D>(keys, i * kKvBlock + (j + v) * kLanes);
+        for (size_t q = 0; q < Q; ++q) sums[q][v] = key * queries[q * a.stride + i] + sums[q][v];
+      }
+    for (size_t q = 0; q < Q; ++q)
+      for (size_t v = 0; v < kStep; ++v) store(scores + q * stride + (j + v) * kLanes, sums[q][v] * a.scale);
+  }
+}
+
+// scores <- exp(scores - max), with zeros from `length` to the end of its block; returns their sum.
+inline float exponentiate(float* scores, size_t length, size_t rounded) {
+  for (size_t i = length; i < rounded; ++i) scores[i] = -__builtin_inff();
+  vec best = load(scores);
+  for (size_t i = kLanes; i < rounded; i += kLanes) best = maximum(best, load(scores + i));
+  float top = max_lanes<vec, float>(best);
+  for (size_t i = 0; i < rounded; i += kLanes) store(scores + i, exp(load(scores + i) - top));
+  for (size_t i = length; i < rounded; ++i) scores[i] = 0.0f;
+  vec sum = {};
+  for (size_t i = 0; i < rounded; i += kLanes) sum = sum + load(scores + i);
+  return sum_lanes(sum);
+}
+
+// out[q][16 part ...] = the values' lanes [16 part, 16 part + 16), weighed by the scores.
+template <Dtype D, size_t Q>
+inline void sum_values(const Attention& a, size_t part, const float* scores, size_t stride,
+                       float sums[Q][16]) {
+  constexpr size_t kVectors = 16 / kLanes, kElement = D == Dtype::f32 ? 4 : 2;
+  size_t width = kv_width(a.head_dim);
+  vec totals[Q][kVectors] = {};
+  for (size_t begin = 0; begin < a.length; begin += kKvBlock) {
+    const uint8_t* values = a.blocks[begin / kKvBlock] + (a.head_dim * kKvBlock + 16 * part) * kElement;
+    size_t end = a.length - begin < kKvBlock ? a.length - begin : kKvBlock;
+    for (size_t j = 0; j < end; ++j)
+      for (size_t v = 0; v < kVectors; ++v) {
+        vec value = load_kv<D>(values, j * width + v * kLanes);
+        for (size_t q = 0; q < Q; ++q) totals[q][v] = value * scores[q * stride + begin + j] + totals[q][v];
+      }
+  }
+  for (size_t q = 0; q < Q; ++q)
+    for (size_t v = 0; v < kVectors; ++v) store(sums[q] + v * kLanes, totals[q][v]);
+}
+
+template <Dtype D, size_t Q>
+inline void attend_tile(const Attention& a, const float* queries, float* scores, float* out) {
+  size_t rounded = round_up(a.length, kKvBlock);
+  for (size_t b = 0; b < rounded / kKvBlock; ++b)
+    score_block<D, Q>(a, queries, a.blocks[b], scores + b * kKvBlock, rounded);
+  float totals[Q];
+  for (size_t q = 0; q < Q; ++q) totals[q] = exponentiate(scores + q * rounded, a.length, rounded);
+  for (size_t i = 0; i < a.head_dim; i += 16) {
+    float sums[Q][16];
+    sum_values<D, Q>(a, i / 16, scores, rounded, sums);
+    for (size_t q = 0; q < Q; ++q)
+      for (size_t j = i; j < i + 16 && j < a.head_dim; ++j)
+        out[q * a.stride + j] = sums[q][j - i] / totals[q];
+  }
+}
+
+template <Dtype D>
+void attend_typed(const Attention& a, const float* queries, float* scores, float* out) {
+  size_t q = 0;
+  for (; q + 4 <= a.count; q += 4) attend_tile<D, 4>(a, queries + q * a.stride, scores, out + q * a.stride);
+  for (; q < a.count; ++q) attend_tile<D, 1>(a, queries + q * a.stride, scores, out + q * a.stride);
+}
+
+void attend(const Attention& a, const float* queries, float* scores, float* out) {
+  if (a.dtype == Dtype::f32) return attend_typed<Dtype::f32>(a, queries, scores, out);
+  if (a.dtype == Dtype::bf16) return attend_typed<Dtype::bf16>(a, queries, scores, out);
+  attend_typed<Dtype::f16>(a, queries, scores, out);
+}
+
+}  // namespace
+}  // namespace relufy::RELUFY_KERNELS

@@ -1,0 +1,215 @@
+// One dot product for each row: tiles of R rows and T tokens that share their loads.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd.h"
+
+namespace relufy::RELUFY_KERNELS {
+namespace {
+
+constexpr size_t kListedAhead = 4;    // rows of a list
+constexpr size_t kBytesAhead = 8192;  // of rows that are all read
+
+// ---- floats: two sums over alternating vectors, added at the end, then the lanes. The same in every tile.
+
+template <Dtype D>
+struct FloatChunk;
+
+template <>
+struct FloatChunk<Dtype::f32> {
+  static constexpr size_t kElements = kLanes, kParts = 1;
+  static vec part(const uint8_t* p, size_t) { return load_as<vec>(p); }
+};
+
+// The low halves of 16 words are the chunk's first 16 elements, the high halves the others.
+template <>
+struct FloatChunk<Dtype::bf16> {
+  static constexpr size_t kElements = 2 * kLanes, kParts = 2;
+  static vec part(const uint8_t* p, size_t which) {
+    uvec words = load_as<uvec>(p);
+    return which == 0 ? (vec)(words << 16) : (vec)(words & 0xFFFF0000u);
+  }
+};
+
+// The position in a row of a part's first element, for vector `v` of the row.
+template <Dtype D>
+inline size_t element_of(size_t v, size_t part) {
+  if constexpr (D == Dtype::f32) return v * kLanes;
+  constexpr size_t kVectors = 16 / kLanes;  // in a chunk
+  return v / kVectors * 32 + part * 16 + v % kVectors * kLanes;
+}
+
+template <Dtype D, size_t R, size_t T>
+inline void dot_tile_float(const uint8_t* const* rows, size_t bytes, const float* x, size_t x_stride,
+                           float* const* y, size_t y_stride) {
+  using Chunk = FloatChunk<D>;
+  vec sums[R][T][2] = {};
+  size_t vectors = bytes / kVectorBytes;
+  auto add = [&](size_t v, size_t which) __attribute__((always_inline)) {
+    for (size_t part = 0; part < Chunk::kParts; ++part) {
+      size_t sum = Chunk::kParts == 2 ? part : which;
+      for (size_t r = 0; r < R; ++r) {
+        vec weight = Chunk::part(rows[r] + v * kVectorBytes, part);
+        for (size_t t = 0; t < T; ++t)
+          sums[r][t][sum] = weight * load(x + t * x_stride + element_of<D>(v, part)) + sums[r][t][sum];
+      }
+    }
+  };
+  size_t v = 0;
+  for (; v + 2 <= vectors; v += 2) {
+    add(v, 0);
+    add(v + 1, 1);
+  }
+  if (v < vectors) add(v, 0);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < T; ++t) y[r][t * y_stride] = sum_lanes(sums[r][t][0] + sums[r][t][1]);
+}
+
+// ---- integers: exact sums, so tiles and unrolling are free to order them.
+
+// A sum of products with 256 * high + low, of which `bias` times the input's sum is too much.
+inline float finish(ivec high, ivec low, int64_t excess, float scale) {
+  int64_t sum = sum_lanes((to_long(high) << 8) + to_long(low)) - excess;
+  return static_cast<float>(static_cast<double>(sum)) * scale + 0.0f;
+}
+
+template <size_t R, size_t T>
+inline void dot_tile_int8(const uint8_t* const* rows, const uint8_t* next, const float* scales, size_t bytes,
+                          const Input& x, size_t token, float* const* y, size_t y_stride) {
+  constexpr size_t kSums = R * T == 1 ? 2 : 1;  // of alternating vectors, to hide the latency of one chain
+  ivec high[R][T][kSums] = {}, low[R][T][kSums] = {};
+  for (size_t i = 0; i < bytes; i += kSums * kVectorBytes)
+    for (size_t s = 0; s < kSums; ++s) {
+      size_t at = i + s * kVectorBytes;
+      if (kVectorBytes == 64 && s > 0 && at >= bytes) break;
+      if (at % 64 == 0) prefetch(next + at);
+      for (size_t r = 0; r < R; ++r) {
+        bytes_t weight = load_as<bytes_t>(rows[r] + at);
+        for (size_t t = 0; t < T; ++t) {
+          size_t input = (token + t) * x.stride + at;
+          high[r][t][s] = dot4(high[r][t][s], weight, load_as<bytes_t>(x.high + input));
+          low[r][t][s] = dot4(low[r][t][s], weight, load_as<bytes_t>(x.low + input));
+        }
+      }
+    }
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < T; ++t) {
+      ivec h = high[r][t][0], l = low[r][t][0];
+      for (size_t s = 1; s < kSums; ++s) h += high[r][t][s], l += low[r][t][s];
+      y[r][t * y_stride] = finish(h, l, 128 * x.sum[token + t], scales[r] * x.scale[token + t]);
+    }
+}
+
+// 8 times the sum over groups of k times the input's sum: what the offset of the nibbles added.
+inline int64_t nibble_excess(const int8_t* k, size_t count, const int16_t* groups, size_t stride) {
+  ivec high = {}, low = {};
+  for (size_t i = 0; i < count; i += 2 * kLanes) {
+    shorts scale = widen(k + i);
+    high = dot2(high, scale, load_as<shorts>(groups + i));
+    low = dot2(low, scale, load_as<shorts>(groups + stride + i));
+  }
+  return 8 * sum_lanes((to_long(high) << 10) + to_long(low));
+}
+
+template <size_t R, size_t T>
+inline void dot_tile_int4(const uint8_t* const* rows, const uint8_t* next, const float* scales, size_t width,
+                          const Input& x, size_t token, float* const* y, size_t y_stride) {
+  ivec high[R][T][2] = {}, low[R][T][2] = {};  // by half of the chunk
+  size_t chunks = width / 128, k_at = width / 2;
+  for (size_t at = 0; at < width / 32; at += 64) prefetch(next + k_at + at);
+  for (size_t c = 0; c < chunks; ++c) {
+    prefetch(next + 64 * c);
+    for (size_t r = 0; r < R; ++r) {
+      auto k = reinterpret_cast<const int8_t*>(rows[r] + k_at + 4 * c);
+      shorts scale[2] = {alternate(k), alternate(k + 2)};
+      for (size_t v = 0; v < 64; v += kVectorBytes) {
+        bytes_t both = load_as<bytes_t>(rows[r] + 64 * c + v);
+        bytes_t weight[2] = {low_nibbles(both), high_nibbles(both)};
+        for (size_t t = 0; t < T; ++t)
+          for (size_t half = 0; half < 2; ++half) {
+            size_t input = (token + t) * x.stride + 128 * c + 64 * half + v;
+            high[r][t][half] = dot2(
+                high[r][t][half], pair_products(weight[half], load_as<bytes_t>(x.high + input)), scale[half]);
+            low[r][t][half] = dot2(low[r][t][half],
+                                   pair_products(weight[half], load_as<bytes_t>(x.low + input)), scale[half]);
+          }
+      }
+    }
+  }
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < T; ++t) {
+      auto k = reinterpret_cast<const int8_t*>(rows[r] + k_at);
+      int64_t excess = nibble_excess(k, width / 32, x.groups + (token + t) * 2 * x.stride, x.stride);
+      y[r][t * y_stride] = finish(high[r][t][0] + high[r][t][1], low[r][t][0] + low[r][t][1], excess,
+                                  scales[r] * x.scale[token + t]);
+    }
+}
+
+// ---- all types
+
+template <Dtype D, size_t R, size_t T>
+inline void dot_tile(const StoredRows& w, const size_t* index, const uint8_t* next, const Input& x,
+                     size_t token, float* y, size_t y_stride) {
+  const uint8_t* rows[R];
+  float scales[R];
+  float* out[R];
+  for (size_t r = 0; r < R; ++r) {
+    rows[r] = w.row(index[r]);
+    if (is_integer(D)) scales[r] = w.scales[index[r]];
+    out[r] = y + token * y_stride + index[r];
+  }
+  if constexpr (D == Dtype::int8)
+    dot_tile_int8<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
+  else if constexpr (D == Dtype::int4)
+    dot_tile_int4<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
+  else
+    dot_tile_float<D, R, T>(rows, row_bytes(D, w.length), x.values + token * x.stride, x.stride, out,
+                            y_stride);
+}
+
+template <Dtype D, size_t R>
+inline void dot_group(const StoredRows& w, const size_t* index, const uint8_t* next, const Input& x,
+                      size_t tokens, float* y, size_t y_stride) {
+  size_t t = 0;
+  for (; t + 2 <= tokens; t += 2) dot_tile<D, R, 2>(w, index, next, x, t, y, y_stride);
+  if (t < tokens) dot_tile<D, R, 1>(w, index, next, x, t, y, y_stride);
+}
+
+// One row at a time for one token, for memory is read best in one stream; four for several, to share inputs.
+//
+// Integer rows are prefetched by hand, line by line: the next listed ones, or what lies a few rows on (the
+// group scales at the end of int4's rows break the run that the processor would follow). On floats that only
+// costs. What lies beside a listed row (a neuron's down beside its up) will be wanted next.
+template <Dtype D>
+void dot_typed(const StoredRows& w, const uint32_t* list, size_t first, size_t count, const Input& x,
+               size_t tokens, float* y, size_t y_stride) {
+  auto row = [&](size_t j) { return list ? list[j] : first + j; };
+  auto next = [&](size_t j) {
+    if (list) return w.row(list[j + kListedAhead < count ? j + kListedAhead : j]);
+    return w.row(row(j)) + round_up(kBytesAhead, w.stride);
+  };
+  size_t j = 0;
+  for (; tokens > 1 && j + 4 <= count; j += 4) {
+    size_t index[4] = {row(j), row(j + 1), row(j + 2), row(j + 3)};
+    dot_group<D, 4>(w, index, next(j), x, tokens, y, y_stride);
+  }
+  for (; j < count; ++j) {
+    size_t index = row(j);
+    const uint8_t* ahead = next(j);
+    if (list)
+      for (size_t at = row_bytes(D, w.length); at < w.stride; at += 64) prefetch_far(ahead + at);
+    dot_group<D, 1>(w, &index, ahead, x, tokens, y, y_stride);
+  }
+}
+
+void dot(const StoredRows& w, const uint32_t* list, size_t first, size_t count, const Input& x, size_t tokens,
+         float* y, size_t y_stride) {
+  auto typed = w.dtype == Dtype::f32    ? dot_typed<Dtype::f32>
+               : w.dtype == Dtype::bf16 ? dot_typed<Dtype::bf16>
+               : w.dtype == Dtype::int8 ? dot_typed<Dtype::int8>
+                                        : dot_typed<Dtype::int4>;
+  typed(w, list, first, count, x, tokens, y, y_stride);
+}
+
+}  // namespace
+}  // namespace relufy::RELUFY_KERNELS

@@ -1,0 +1,317 @@
+// Sums of stored rows: what the listed inputs, or neurons, add to all outputs.
+//
+// Floats: four rows a pass over y, in ascending order. Integers: the coefficients (input x the row's scale)
+// are scaled to 16 bits by their largest; eight rows a pass; the bytes of four rows are laid side by side so
+// that one instruction multiplies and adds all four, once for the high and once for the low byte of the
+// coefficients. Sums are exact, so neither the grouping of the rows nor the tile of the outputs is in the
+// result.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd.h"
+#include "dot.h"
+#include "quantise.h"
+
+namespace relufy::RELUFY_KERNELS {
+namespace {
+
+inline void clear(float* y, size_t n) {
+  for (size_t j = 0; j < n; j += kLanes) store(y + j, vec{});
+}
+
+// Turns -0 into +0, the one trace that a term of zero could leave in a sum.
+inline void normalise_zero(float* y, size_t n) {
+  for (size_t j = 0; j < n; j += kLanes) store(y + j, load(y + j) + broadcast(0.0f));
+}
+
+// ---- floats
+
+template <Dtype D, size_t N>
+inline void add_rows(const uint8_t* const* rows, const float* c, size_t width, float* y) {
+  size_t vectors = part_bytes(D, width) / kVectorBytes;
+  for (size_t v = 0; v < vectors; ++v)
+    for (size_t part = 0; part < FloatChunk<D>::kParts; ++part) {
+      float* out = y + element_of<D>(v, part);
+      vec sum = load(out);
+      for (size_t r = 0; r < N; ++r) sum = FloatChunk<D>::part(rows[r] + v * kVectorBytes, part) * c[r] + sum;
+      store(out, sum);
+    }
+}
+
+template <Dtype D, size_t N>
+inline void add_float_rows(const StoredRows& w, size_t first, size_t width, const uint32_t* list,
+                           const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
+  const uint8_t* rows[N];
+  for (size_t r = 0; r < N; ++r) rows[r] = w.row(list[r]) + part_bytes(D, first);
+  for (size_t t = 0; t < tokens; ++t) {
+    float coefficients[N];
+    for (size_t r = 0; r < N; ++r) coefficients[r] = x[t * x_stride + list[r]];
+    add_rows<D, N>(rows, coefficients, width, y + t * y_stride);
+  }
+}
+
+template <Dtype D>
+void scatter_float(const StoredRows& w, size_t first, size_t width, const uint32_t* list, size_t count,
+                   const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
+  for (size_t t = 0; t < tokens; ++t) clear(y + t * y_stride, width);
+  size_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    add_float_rows<D, 4>(w, first, width, list + i, x, x_stride, tokens, y, y_stride);
+  for (; i < count; ++i) add_float_rows<D, 1>(w, first, width, list + i, x, x_stride, tokens, y, y_stride);
+  for (size_t t = 0; t < tokens; ++t) normalise_zero(y + t * y_stride, width);
+}
+
+// ---- integers
+
+constexpr size_t kBatch = 8;  // rows a pass
+
+// Scratch, carved out of one block of memory.
+struct Scatter {
+  size_t tokens, padded_count, tile, groups;
+  float* products;     // [padded_count], of one token
+  int16_t* q;          // [tokens][padded_count]: the coefficients
+  int8_t *high, *low;  // [tokens][padded_count]: their bytes, q = 256 * high + low
+  float* scale;        // [tokens]
+  int32_t* sums;       // [tokens][tile / kVectorBytes][4][2][kLanes]: of products with high and with low
+  int32_t*
+      limbs;  // int4: [tokens][2 batches of 4 rows][2][groups]: their bytes, a 32-bit lane for each group
+  int32_t* excess;  // int4: [tokens][2][groups]: 8 times the sums of the group's coefficients
+  int64_t* total;   // int8: [tokens]: 128 times the sum of the coefficients
+
+  Scatter(void* memory, size_t count, size_t tokens_, size_t tile_)
+      : tokens(tokens_),
+        padded_count(round_up(count, 16) + 16),
+        tile(tile_),
+        groups(round_up(tile_ / 32, 32)),
+        at_(static_cast<uint8_t*>(memory)) {
+    products = take<float>(padded_count);
+    q = take<int16_t>(tokens * padded_count);
+    high = take<int8_t>(tokens * padded_count);
+    low = take<int8_t>(tokens * padded_count);
+    scale = take<float>(tokens);
+    total = take<int64_t>(tokens);
+    sums = take<int32_t>(tokens * tile * 2);
+    limbs = take<int32_t>(tokens * 4 * groups);
+    excess = take<int32_t>(tokens * 2 * groups);
+  }
+
+ private:
+  template <class T>
+  T* take(size_t n) {
+    T* p = reinterpret_cast<T*>(at_);
+    at_ += round_up(n * sizeof(T), 64);
+    return p;
+  }
+  uint8_t* at_;
+};
+
+// Coefficients of the listed rows for one token: their 16-bit form and its scale.
+inline void quantise_coefficients(Scatter& s, size_t t, const float* scales, const uint32_t* list,
+                                  size_t count, const float* x) {
+  for (size_t j = 0; j < count; ++j) s.products[j] = x[list[j]] * scales[list[j]];
+  for (size_t j = count; j < s.padded_count; ++j) s.products[j] = 0.0f;
+  float scale = largest_magnitude(s.products, s.padded_count) * (1.0f / kMostQuantised);
+  float inverse = inverse_of(scale);
+  s.scale[t] = scale;
+  ivec total = {};
+  int16_t* q = s.q + t * s.padded_count;
+  for (size_t j = 0; j < s.padded_count; j += kLanes) {
+    ivec value = quantised(load(s.products + j), inverse);
+    store_narrow(q + j, value);
+    store_narrow(s.low + t * s.padded_count + j, value);
+    store_narrow(s.high + t * s.padded_count + j, (value + 128) >> 8);
+    total += value;
+  }
+  s.total[t] = 128 * sum_lanes(total);
+}
+
+// sums += weights of four rows, side by side, x the bytes of their coefficients.
+inline void add_four(ivec sums[4][2], const bytes_t interleaved[4], bytes_t high, bytes_t low) {
+  for (size_t k = 0; k < 4; ++k) {
+    sums[k][0] = dot4(sums[k][0], interleaved[k], high);
+    sums[k][1] = dot4(sums[k][1], interleaved[k], low);
+  }
+}
+
+inline void load_sums(const int32_t* p, ivec sums[4][2]) {
+  for (size_t k = 0; k < 8; ++k) sums[k / 2][k % 2] = load_as<ivec>(p + k * kLanes);
+}
+
+inline void store_sums(int32_t* p, const ivec sums[4][2]) {
+  for (size_t k = 0; k < 8; ++k) store_as(p + k * kLanes, sums[k / 2][k % 2]);
+}
+
+inline bytes_t coefficient_lanes(const int8_t* four) { return (bytes_t)broadcast(load_as<int32_t>(four)); }
+
+struct Batch {
+  const uint8_t* rows[kBatch];
+  const uint8_t* next[kBatch];  // to prefetch, line by line beside them (row after row is a quarter slower)
+};
+
+// The rows of a batch that runs past the end are read twice, with coefficients of zero.
+inline Batch batch_at(const StoredRows& w, const uint32_t* list, size_t i, size_t count, size_t offset) {
+  Batch b;
+  for (size_t r = 0; r < kBatch; ++r) {
+    b.rows[r] = w.row(list[i + r < count ? i + r : count - 1]) + offset;
+    b.next[r] = w.row(list[i + r + kBatch < count ? i + r + kBatch : count - 1]) + offset;
+  }
+  return b;
+}
+
+inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
+  for (size_t j = 0; j < width; j += kVectorBytes) {
+    if (j % 64 == 0)
+      for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
+    bytes_t side[2][4];
+    for (size_t half = 0; half < 2; ++half) {
+      const uint8_t* const* rows = b.rows + 4 * half;
+      interleave4(load_as<bytes_t>(rows[0] + j), load_as<bytes_t>(rows[1] + j), load_as<bytes_t>(rows[2] + j),
+                  load_as<bytes_t>(rows[3] + j), side[half]);
+    }
+    for (size_t t = 0; t < s.tokens; ++t) {
+      const int8_t *high = s.high + t * s.padded_count + i, *low = s.low + t * s.padded_count + i;
+      int32_t* at = s.sums + (t * s.tile + j) * 2;
+      ivec sums[4][2];
+      load_sums(at, sums);
+      add_four(sums, side[0], coefficient_lanes(high), coefficient_lanes(low));
+      add_four(sums, side[1], coefficient_lanes(high + 4), coefficient_lanes(low + 4));
+      store_sums(at, sums);
+    }
+  }
+}
+
+// round(q * k / 128) for the groups of four rows: their bytes, side by side, and what the nibbles' offset
+// adds.
+inline void scale_groups(Scatter& s, size_t t, const uint8_t* const* k, const int16_t* q, size_t count,
+                         int32_t* limbs) {
+  int32_t *high = limbs, *low = limbs + s.groups, *excess = s.excess + t * 2 * s.groups;
+  for (size_t g = 0; g < count; g += 2 * kLanes) {
+    shorts scaled[4];
+    for (size_t r = 0; r < 4; ++r)
+      scaled[r] =
+          multiply_high_rounded(widen(reinterpret_cast<const int8_t*>(k[r]) + g) << 8, shorts{} + q[r]);
+    // Two rows' bytes in each 16 bits, then two of those in each 32.
+    shorts h01 = (shorts)(((ushorts)(scaled[0] + 128) >> 8) | ((ushorts)(scaled[1] + 128) & 0xFF00));
+    shorts h23 = (shorts)(((ushorts)(scaled[2] + 128) >> 8) | ((ushorts)(scaled[3] + 128) & 0xFF00));
+    shorts l01 = (scaled[0] & 0xFF) | (scaled[1] << 8);
+    shorts l23 = (scaled[2] & 0xFF) | (scaled[3] << 8);
+    ivec lanes[4];
+    zip(h01, h23, lanes);
+    zip(l01, l23, lanes + 2);
+    bytes_t eight = bytes_t{} + 8;
+    for (size_t part = 0; part < 2; ++part) {
+      size_t at = g + part * kLanes;
+      store_as(high + at, lanes[part]);
+      store_as(low + at, lanes[2 + part]);
+      store_as(excess + at, dot4(load_as<ivec>(excess + at), eight, (bytes_t)lanes[part]));
+      int32_t* excess_low = excess + s.groups + at;
+      store_as(excess_low, dot4(load_as<ivec>(excess_low), eight, (bytes_t)lanes[2 + part]));
+    }
+  }
+}
+
+inline void add_int4_half(Scatter& s, const bytes_t* rows, size_t half, const int32_t* limbs, int32_t* at,
+                          size_t group) {
+  bytes_t side[2][4];
+  for (size_t b = 0; b < 2; ++b) {
+    bytes_t nibbles[4];
+    for (size_t r = 0; r < 4; ++r)
+      nibbles[r] = half ? high_nibbles(rows[4 * b + r]) : low_nibbles(rows[4 * b + r]);
+    interleave4(nibbles[0], nibbles[1], nibbles[2], nibbles[3], side[b]);
+  }
+  size_t groups = s.groups;
+  for (size_t t = 0; t < s.tokens; ++t, at += s.tile * 2, limbs += 4 * groups) {
+    ivec sums[4][2];
+    load_sums(at, sums);
+    for (size_t b = 0; b < 2; ++b)
+      for (size_t k = 0; k < 4; ++k) {
+        const int32_t* lanes = limbs + 2 * b * groups + group + k % 2;
+        sums[k][0] = dot4(sums[k][0], side[b][k], (bytes_t)broadcast(lanes[0]));
+        sums[k][1] = dot4(sums[k][1], side[b][k], (bytes_t)broadcast(lanes[groups]));
+      }
+    store_sums(at, sums);
+  }
+}
+
+inline void add_int4_batch(Scatter& s, const Batch& b, const Batch& k, size_t i, size_t width) {
+  for (size_t r = 0; r < kBatch; ++r)
+    for (size_t at = 0; at < width / 32; at += 64) prefetch(k.next[r] + at);
+  for (size_t t = 0; t < s.tokens; ++t)
+    for (size_t half = 0; half < 2; ++half)
+      scale_groups(s, t, k.rows + 4 * half, s.q + t * s.padded_count + i + 4 * half, width / 32,
+                   s.limbs + (t * 4 + 2 * half) * s.groups);
+  for (size_t chunk = 0; chunk < width / 128; ++chunk) {
+    for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + 64 * chunk);
+    for (size_t v = 0; v < 64; v += kVectorBytes) {
+      bytes_t rows[kBatch];
+      for (size_t r = 0; r < kBatch; ++r) rows[r] = load_as<bytes_t>(b.rows[r] + 64 * chunk + v);
+      for (size_t half = 0; half < 2; ++half)
+        add_int4_half(s, rows, half, s.limbs, s.sums + (128 * chunk + 64 * half + v) * 2,
+                      4 * chunk + 2 * half);
+    }
+  }
+}
+
+// y = scale * (256 * high + low), with the lanes of the interleaved sums back in order.
+inline void finish_sums(const Scatter& s, Dtype dtype, size_t t, size_t width, float* y) {
+  float scale = s.scale[t] * (dtype == Dtype::int4 ? 128.0f : 1.0f);
+  const int32_t* excess = s.excess + t * 2 * s.groups;
+  // 256 * (high - h) + low - l for any split of what is too much into h and l.
+  int32_t total_high = static_cast<int32_t>(s.total[t] >> 8),
+          total_low = static_cast<int32_t>(s.total[t] & 0xFF);
+  for (size_t j = 0; j < width; j += kVectorBytes) {
+    ivec sums[4][2];
+    load_sums(s.sums + (t * s.tile + j) * 2, sums);
+    float lanes[4][kLanes];
+    for (size_t k = 0; k < 4; ++k) {
+      ivec h = broadcast(total_high), l = broadcast(total_low);
+      if (dtype == Dtype::int4) {
+        size_t group = j / 128 * 4 + j % 128 / 64 * 2 + k % 2;
+        h = broadcast(excess[group]), l = broadcast(excess[s.groups + group]);
+      }
+      store(lanes[k], (to_float(sums[k][0] - h) * 256.0f + to_float(sums[k][1] - l)) * scale + 0.0f);
+    }
+    for (size_t lane = 0; lane < kLanes; lane += 4)
+      for (size_t k = 0; k < 4; ++k) std::memcpy(y + j + 4 * lane + 4 * k, lanes[k] + lane, 16);
+  }
+}
+
+// As wide as keeps the sums near the processor.
+inline size_t tile_for(size_t width, size_t tokens) {
+  size_t most = tokens <= 8 ? kScatterTile : kScatterTile / 4;
+  return width < most ? width : most;
+}
+
+void scatter_integer(const StoredRows& w, size_t first, size_t width, const uint32_t* list, size_t count,
+                     const float* x, size_t x_stride, size_t tokens, void* scratch, float* y,
+                     size_t y_stride) {
+  Scatter s(scratch, count, tokens, tile_for(width, tokens));
+  for (size_t t = 0; t < tokens; ++t) quantise_coefficients(s, t, w.scales, list, count, x + t * x_stride);
+  for (size_t begin = 0; begin < width; begin += s.tile) {
+    size_t part = width - begin < s.tile ? width - begin : s.tile;
+    std::memset(s.sums, 0, tokens * s.tile * 2 * sizeof(int32_t));
+    std::memset(s.excess, 0, tokens * 2 * s.groups * sizeof(int32_t));
+    for (size_t i = 0; i < count; i += kBatch) {
+      if (w.dtype == Dtype::int8) {
+        add_int8_batch(s, batch_at(w, list, i, count, first + begin), i, part);
+      } else {
+        Batch k = batch_at(w, list, i, count, w.width() / 2 + (first + begin) / 32);
+        add_int4_batch(s, batch_at(w, list, i, count, (first + begin) / 2), k, i, part);
+      }
+    }
+    for (size_t t = 0; t < tokens; ++t) finish_sums(s, w.dtype, t, part, y + t * y_stride + begin);
+  }
+}
+
+void scatter(const StoredRows& w, size_t first, size_t width, const uint32_t* list, size_t count,
+             const float* x, size_t x_stride, size_t tokens, void* scratch, float* y, size_t y_stride) {
+  if (w.dtype == Dtype::f32)
+    scatter_float<Dtype::f32>(w, first, width, list, count, x, x_stride, tokens, y, y_stride);
+  else if (w.dtype == Dtype::bf16)
+    scatter_float<Dtype::bf16>(w, first, width, list, count, x, x_stride, tokens, y, y_stride);
+  else
+    scatter_integer(w, first, width, list, count, x, x_stride, tokens, scratch, y, y_stride);
+}
+
+}  // namespace
+}  // namespace relufy::RELUFY_KERNELS

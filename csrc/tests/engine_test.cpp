@@ -1,0 +1,237 @@
+// Whole tiny models: the same bits for a token whatever the threads, the tokens of a step, its neighbours and
+// whether zeros are skipped; and requests that can't be served are refused before anything has changed.
+#include "engine.h"
+
+#include <unistd.h>
+
+#include <fstream>
+
+#include "packed_model.h"
+
+namespace {
+
+using Floats = std::vector<float>;
+using Ids = std::vector<int32_t>;
+
+constexpr size_t kTokens = 37;  // beyond a KV block, and beyond what goes through the layers together
+constexpr size_t kPrompt = 5;
+
+const std::string kPath = "engine_test." + std::to_string(getpid()) + ".relufy";
+
+void save(const TinyModel& model) {
+  Bytes bytes = packed(model);
+  std::ofstream(kPath, std::ios::binary)
+      .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+}
+
+Ids some_tokens(size_t count, size_t vocab, uint32_t seed = 1) {
+  std::mt19937 random(seed);
+  Ids ids(count);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocab);
+  return ids;
+}
+
+// The logits of all tokens of an item, or of all items.
+Floats step(Engine& engine, std::vector<Work> work) {
+  Floats logits(Engine::num_logits(work, Logits::all) * engine.decoder().vocab_size);
+  engine.step(work, Logits::all, logits.data());
+  return logits;
+}
+
+// The logits of all tokens of a sequence, `at_once` in each step.
+Floats run(Engine& engine, SequenceId id, std::span<const int32_t> tokens, size_t at_once) {
+  Floats all;
+  for (size_t start = 0; start < tokens.size(); start += at_once) {
+    Floats some = step(engine, {{id, tokens.subspan(start, std::min(at_once, tokens.size() - start))}});
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void test_same_bits(const TinyModel& model) {
+  save(model);
+  Ids tokens = some_tokens(kTokens, model.vocab);
+  Engine first(kPath, {});
+  Floats expected = run(first, first.new_sequence(kPrompt), tokens, 1);
+  for (float logit : expected) CHECK(std::isfinite(logit));
+  for (size_t threads : {1, 2, 3})
+    for (bool skip : {true, false}) {
+      Engine engine(kPath, {.threads = threads, .context = 256, .skip = skip});
+      CHECK(engine.threads() == threads);
+      for (size_t at_once : {1, 3, 17, 37}) {
+        SequenceId id = engine.new_sequence(kPrompt);
+        bool same = same_bits(run(engine, id, tokens, at_once), expected);
+        if (!same)
+          std::fprintf(stderr, "%s, %s, dtype %u, %zu threads, %zu tokens at once, skip %d\n", engine.isa(),
+                       model.name.c_str(), static_cast<unsigned>(model.dtype), threads, at_once, skip);
+        CHECK(same || getenv("GO"));
+        engine.free(id);
+      }
+    }
+}
+
+// Two sequences in a step, at different positions, and a third that forks off.
+void test_neighbours_change_nothing(const TinyModel& model) {
+  save(model);
+  Ids tokens = some_tokens(kTokens, model.vocab), others = some_tokens(kTokens, model.vocab, 2);
+  Engine engine(kPath, {.threads = 2, .context = 256, .memory = Memory::load});
+  SequenceId alone = engine.new_sequence(kPrompt), a = engine.new_sequence(kPrompt),
+             b = engine.new_sequence(2);
+  Floats expected = run(engine, alone, tokens, kTokens);
+  std::span<const int32_t> mine(tokens), theirs(others);
+  Floats head = step(engine, {{b, theirs.first(11)}, {a, mine.first(20)}});
+  SequenceId fork = engine.fork(a);
+  Floats middle = step(engine, {{a, mine.subspan(20, 3)}, {b, theirs.subspan(11)}, {fork, theirs.first(1)}});
+  engine.free(b);
+  engine.truncate(fork, 20);
+  Floats tail = step(engine, {{fork, mine.subspan(20)}}), rest = step(engine, {{a, mine.subspan(23)}});
+  size_t vocab = model.vocab;
+  CHECK(std::equal(head.begin() + static_cast<ptrdiff_t>(11 * vocab), head.end(), expected.begin()));
+  auto after = [&](size_t n) { return expected.begin() + static_cast<ptrdiff_t>(n * vocab); };
+  CHECK(std::equal(after(20), after(23), middle.begin()));
+  CHECK(std::equal(after(20), expected.end(), tail.begin()));
+  CHECK(std::equal(after(23), expected.end(), rest.begin()));
+}
+
+// Back into the prompt and through it again: masks that leave the prompt dense see the same positions.
+void test_truncated_into_the_prompt(const TinyModel& model) {
+  save(model);
+  Ids tokens = some_tokens(kTokens, model.vocab);
+  Engine engine(kPath, {});
+  SequenceId id = engine.new_sequence(kPrompt);
+  Floats expected = run(engine, id, tokens, 7);
+  engine.truncate(id, 3);
+  Floats again = run(engine, id, std::span(tokens).subspan(3), 5);
+  CHECK(std::equal(again.begin(), again.end(), expected.begin() + static_cast<ptrdiff_t>(3 * model.vocab)));
+  CHECK(throws<std::invalid_argument>([&] { engine.truncate(id, kTokens + 1); }));
+}
+
+void test_kv_dtypes(const TinyModel& model) {
+  save(model);
+  Ids tokens = some_tokens(kTokens, model.vocab);
+  Engine wide(kPath, {});
+  Floats expected = run(wide, wide.new_sequence(), tokens, 5);
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+    Engine engine(kPath, {.threads = 2, .context = 256, .kv_dtype = dtype});
+    Floats found = run(engine, engine.new_sequence(), tokens, kTokens);
+    CHECK(same_bits(found, run(engine, engine.new_sequence(), tokens, 1)));
+    double error = 0, size = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      error += std::pow(found[i] - expected[i], 2);
+      size += std::pow(expected[i], 2);
+    }
+    CHECK(error > 0 && std::sqrt(error / size) < (dtype == Dtype::bf16 ? 0.03 : 0.003));
+  }
+}
+
+void test_refuses_before_anything_changes() {
+  TinyModel model{.name = "small", .context = 40};
+  save(model);
+  Ids tokens = some_tokens(kTokens, model.vocab);
+  Engine engine(kPath, {.threads = 2, .context = 64});
+  SequenceId id = engine.new_sequence(), other = engine.new_sequence();
+  Engine undisturbed(kPath, {});
+  Floats expected = run(undisturbed, undisturbed.new_sequence(), tokens, kTokens);
+  run(engine, id, std::span(tokens).first(20), 20);
+  auto refuses = [&]<class Error>(std::vector<Work> work, Error*) {
+    Floats logits(Engine::num_logits(work, Logits::all) * model.vocab, 7.0f);
+    bool refused = throws<Error>([&] { engine.step(work, Logits::all, logits.data()); });
+    bool wrote = std::any_of(logits.begin(), logits.end(), [](float x) { return x != 7.0f; });
+    return refused && !wrote && engine.length(id) == 20 && engine.length(other) == 0;
+  };
+  std::invalid_argument* invalid = nullptr;
+  OutOfKv* out = nullptr;
+  const Ids below{-1}, above{3, static_cast<int32_t>(model.vocab)}, lowest{INT32_MIN}, none, one{1},
+      many(41, 1), some(21, 1), block(33, 1);
+  for (const Ids* bad : {&below, &above, &lowest, &none}) {
+    CHECK(refuses({{id, *bad}}, invalid));
+    CHECK(refuses({{other, one}, {id, *bad}}, invalid));
+  }
+  CHECK(refuses({{id, one}, {id, one}}, invalid));
+  CHECK(refuses({{id, one}, {12345, one}}, invalid));
+  CHECK(refuses({{other, many}}, out));            // beyond the model's context
+  CHECK(refuses({{id, some}}, out));               // with what the sequence has
+  CHECK(refuses({{id, one}, {other, block}}, out));  // one block is left, and two are needed
+  CHECK(throws<OutOfKv>([&] { engine.decode(id, 1, 21, {}); }));
+  CHECK(throws<OutOfKv>([&] { engine.decode(id, 1, SIZE_MAX, {}); }));
+  CHECK(throws<OutOfKv>([&] { engine.decode(id, 1, SIZE_MAX / 8, {}); }));
+  CHECK(throws<std::invalid_argument>([&] { engine.decode(id, 41, 1, {}); }));
+  CHECK(throws<std::invalid_argument>([&] { engine.decode(12345, 1, 1, {}); }));
+  CHECK(engine.length(id) == 20);
+  engine.step({}, Logits::all, nullptr);  // no work at all
+  Floats rest = step(engine, {{id, std::span(tokens).subspan(20)}});
+  CHECK(std::equal(rest.begin(), rest.end(), expected.begin() + static_cast<ptrdiff_t>(20 * model.vocab)));
+}
+
+// decode() against steps and a choice of the greatest.
+void test_decode(const TinyModel& model) {
+  save(model);
+  Engine engine(kPath, {.threads = 2, .context = 256});
+  SequenceId id = engine.new_sequence(1), stepped = engine.new_sequence(1);
+  Ids expected;
+  for (int32_t token = 3; expected.size() < 12; expected.push_back(token)) {
+    Floats logits = run(engine, stepped, {&token, 1}, 1);
+    token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  }
+  CHECK(engine.decode(id, 3, 12, {}) == expected);
+  CHECK(engine.length(id) == 12);
+  engine.truncate(id, 0);
+  Ids stops{expected[4], -5, INT32_MAX};
+  Ids stopped = engine.decode(id, 3, 12, stops);
+  auto end = std::find(expected.begin(), expected.end(), expected[4]) + 1;
+  CHECK(stopped == Ids(expected.begin(), end));
+  CHECK(engine.length(id) == stopped.size());
+  CHECK(engine.decode(id, expected[stopped.size() - 1], 12 - stopped.size(), {}) == Ids(end, expected.end()));
+  CHECK(engine.decode(id, 3, 0, {}).empty() && engine.length(id) == 12);
+}
+
+void test_counts_and_options() {
+  save({.name = "small"});
+  Engine engine(kPath, {.threads = 2, .memory = Memory::load});
+  SequenceId id = engine.new_sequence();
+  run(engine, id, Ids{1, 2, 3}, 2);
+  Stats stats = engine.stats();
+  CHECK(stats.tokens == 3 && stats.weight_bytes > 0 && stats.kv_bytes > 0 && stats.used[kQ][1] == 3 * 20);
+  CHECK(stats.used[kNeuron][0] > 0 && stats.used[kNeuron][0] < 3 * 70);
+  engine.reset_stats();
+  CHECK(engine.stats().tokens == 0 && engine.stats().weight_bytes == 0);
+  CHECK(throws<std::invalid_argument>([&] { engine.free(99); }));
+  CHECK(throws<std::invalid_argument>([&] { engine.fork(99); }));
+  engine.free(id);
+  CHECK(throws<std::invalid_argument>([&] { engine.length(id); }));
+  CHECK(Engine(kPath, {.threads = 0}).threads() == 1);
+}
+
+// The instruction sets that the tests go through; sets $RELUFY_ISA.
+template <class Function>
+void for_each_isa(Function&& function) {
+  for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
+    if (!find_kernels(isa)) continue;
+    setenv("RELUFY_ISA", isa, 1);
+    function();
+  }
+  unsetenv("RELUFY_ISA");
+}
+
+}  // namespace
+
+int main() {
+  for_each_isa([] {
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8, Dtype::int4})
+      for (const TinyModel& model : tiny_models(dtype)) test_same_bits(model);
+  });
+  for (Dtype dtype : {Dtype::f32, Dtype::int4})
+    for (const TinyModel& model : tiny_models(dtype)) {
+      test_neighbours_change_nothing(model);
+      test_truncated_into_the_prompt(model);
+      test_decode(model);
+    }
+  test_kv_dtypes(tiny_models(Dtype::f32).front());
+  test_refuses_before_anything_changes();
+  test_counts_and_options();
+  std::remove(kPath.c_str());
+}

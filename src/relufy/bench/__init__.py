@@ -1,0 +1,1 @@
+"""Measured speed, beside named baselines in the same run."""

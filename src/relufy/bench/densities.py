@@ -1,0 +1,121 @@
+"""Thresholds for wanted densities: random tokens run through the layers, each site cut at a quantile.
+
+A site's mask is applied before the next site is looked at, as it will be when the model runs. Thresholds
+depend on the context: attention over more positions averages more, so o's input is smaller.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from relufy.activation_sparsity import Sparsifier
+from relufy.engine.safetensors_folder import SafetensorsFolder
+from relufy.engine.spec import DecoderSpec, decoder_spec
+from relufy.errors import UserError
+
+NUM_MEASURED = 64
+"""The positions around the context's end whose quantiles are taken."""
+
+
+@dataclass(frozen=True)
+class Densities:
+    """The shares that stay: of the MLP's neurons, and of the inputs of q k v, o and gate (None: all)."""
+
+    neurons: float
+    inputs: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("--mlp-density", self.neurons), ("--input-density", self.inputs)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name} must be above 0 and at most 1, found {value:g}")
+
+    def label(self) -> str:
+        inputs = "" if self.inputs is None else f"-input{self.inputs:g}"
+        return f"mlp{self.neurons:g}{inputs}"
+
+
+def find_sparsifiers(
+    folder: Path, densities: Densities, context: int, seed: int, progress: Callable[[str, int, int], None]
+) -> list[Sparsifier]:
+    """Return sparsifiers, layer by layer, that give a dense Llama checkpoint the densities at a context."""
+    spec = decoder_spec(json.loads((folder / "config.json").read_text()))
+    weights = SafetensorsFolder(folder)
+    num_tokens = max(context, NUM_MEASURED // 2) + NUM_MEASURED // 2
+    tokens = np.random.default_rng([seed, 0]).integers(0, spec.vocab_size, num_tokens)
+    hidden = weights.read("model.embed_tokens.weight")[tokens]
+    sparsifiers: list[Sparsifier] = []
+    for index in range(spec.num_layers):
+        layer = _Layer(weights, spec, index, densities)
+        hidden = layer.forward(hidden)
+        sparsifiers += layer.sparsifiers
+        progress("setting thresholds", index + 1, spec.num_layers)
+    return sparsifiers
+
+
+class _Layer:
+    """One block, which chooses its thresholds while it is computed."""
+
+    def __init__(self, weights: SafetensorsFolder, spec: DecoderSpec, index: int, densities: Densities):
+        self._weights, self._spec, self._index, self._densities = weights, spec, index, densities
+        self.sparsifiers: list[Sparsifier] = []
+
+    def forward(self, hidden: np.ndarray) -> np.ndarray:
+        x = self._masked(self._norm(hidden, "input_layernorm"), ("q", "k", "v"))
+        attended = self._masked(self._attention(x), ("o",))
+        hidden = hidden + self._linear(attended, "self_attn.o_proj")
+        x = self._norm(hidden, "post_attention_layernorm")
+        gates = self._neurons(self._linear(self._masked(x, ("gate",)), "mlp.gate_proj"))
+        return hidden + self._linear(gates * self._linear(x, "mlp.up_proj"), "mlp.down_proj")
+
+    def _masked(self, x: np.ndarray, sites: tuple[str, ...]) -> np.ndarray:
+        density = self._densities.inputs
+        if density is None:
+            return x
+        threshold = _cut(np.abs(x), density)
+        self.sparsifiers.append(Sparsifier(sites, "threshold", threshold=threshold, layers=(self._index,)))
+        return np.where(np.abs(x) >= np.float32(threshold), x, np.float32(0))
+
+    def _neurons(self, gates: np.ndarray) -> np.ndarray:
+        shift = _cut(gates, self._densities.neurons)
+        self.sparsifiers.append(Sparsifier(("neuron",), "relu", shift=shift, layers=(self._index,)))
+        return np.maximum(gates - np.float32(shift), 0)
+
+    def _attention(self, x: np.ndarray) -> np.ndarray:
+        spec, count = self._spec, len(x)
+        angles = np.outer(np.arange(count), np.array(spec.rope_frequencies)).astype(np.float32)
+        q, k, v = (
+            self._linear(x, f"self_attn.{role}_proj").reshape(count, -1, spec.head_dim) for role in "qkv"
+        )
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        future = np.triu(np.full((count, count), -np.inf, np.float32), 1)
+        out = np.empty_like(q)
+        for head in range(spec.num_heads):
+            kv_head = head * spec.num_kv_heads // spec.num_heads
+            scores = q[:, head] @ k[:, kv_head].T * np.float32(spec.head_dim**-0.5) + future
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv_head]
+        return out.reshape(count, -1)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self._read(name).T
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + np.float32(self._spec.norm_eps))
+        return x / scale * self._read(name)
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._weights.read(f"model.layers.{self._index}.{name}.weight")
+
+
+def _cut(scores: np.ndarray, density: float) -> float:
+    """Return the value that a share of the measured positions' scores reaches."""
+    return float(np.float32(np.quantile(scores[-NUM_MEASURED:], 1 - density)))
+
+
+def _rotate(heads: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    a, b = np.split(heads, 2, axis=-1)
+    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)

@@ -1,0 +1,185 @@
+"""The specification of the engine: a packed file run in float64 with numpy, every weight read.
+
+`emulate` rounds the inputs of integer matrices to 16 bits as the engine does (docs/format.md, "Arithmetic");
+without it, the products are those of the dequantised weights. One tensor is decoded at a time, in blocks, so
+that large files can be checked on a few tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from relufy.engine import naive_masks
+from relufy.engine.naive_products import multiply, multiply_by_input
+from relufy.engine.packed_tensors import PackedTensors
+
+
+def _gelu(z: np.ndarray) -> np.ndarray:
+    return 0.5 * z * (1 + np.vectorize(math.erf, otypes=[float])(z / math.sqrt(2)))
+
+
+def _gelu_tanh(z: np.ndarray) -> np.ndarray:
+    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+ACTIVATIONS = (
+    lambda z, cutoff: z / (1 + np.exp(-z)),
+    lambda z, cutoff: np.maximum(z, 0),
+    lambda z, cutoff: np.maximum(z, 0) ** 2,
+    lambda z, cutoff: _gelu(z),
+    lambda z, cutoff: _gelu_tanh(z),
+    lambda z, cutoff: np.where(z >= cutoff, z, 0),
+)
+"""By the file's number: silu, relu, relu2, gelu, gelu_tanh, fatrelu."""
+
+
+@dataclass(frozen=True)
+class NaiveResult:
+    """Logits, float64 `[tokens, vocab]`, and how near each token's closest score came to the cut of its mask.
+
+    Below 1e-5 or so (relative to the cut), rounding alone may decide whether an entry is kept.
+    """
+
+    logits: np.ndarray
+    margins: np.ndarray
+
+
+class NaiveDecoder:
+    """Gives the logits of a text. `path` is a packed file."""
+
+    def __init__(self, path: Path | str, emulate: bool = True):
+        self._tensors = PackedTensors(path)
+        self._numbers = self._tensors.header.numbers
+        self._emulate = emulate
+
+    def logits(self, tokens: Sequence[int], prompt_length: int = 0) -> np.ndarray:
+        """Return float64 logits `[tokens, vocab]`; the first `prompt_length` tokens are the prompt."""
+        return self.run(tokens, prompt_length).logits
+
+    def run(self, tokens: Sequence[int], prompt_length: int = 0) -> NaiveResult:
+        """Return logits and margins."""
+        margins = np.full(len(tokens), np.inf)
+        hidden = self._embedding("embedding", np.asarray(tokens))
+        if self._numbers["position_kind"] == 1:
+            hidden = hidden + self._embedding("position_embedding", np.arange(len(tokens)))
+        for layer in range(self._whole("num_layers")):
+            block = _Layer(self, layer, prompt_length, margins)
+            hidden = hidden + block.attention(self.norm(hidden, f"layers.{layer}.attention_norm"))
+            hidden = hidden + block.mlp(self.norm(hidden, f"layers.{layer}.mlp_norm"))
+        head = "head" if "head" in self._tensors else "embedding"
+        return NaiveResult(self.product(head, self.norm(hidden, "final_norm")), margins)
+
+    def number(self, name: str, default: float = 0.0) -> float:
+        return self._numbers.get(name, default)
+
+    def _whole(self, name: str) -> int:
+        return int(self._numbers[name])
+
+    def vector(self, name: str, default: float = 0.0) -> np.ndarray | float:
+        return self._tensors.vector(name).astype(np.float64) if name in self._tensors else default
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        if self._numbers["norm_kind"] == 1:
+            x = x - x.mean(-1, keepdims=True)
+        scaled = x / np.sqrt((x**2).mean(-1, keepdims=True) + self._numbers["norm_eps"])
+        return scaled * self.vector(name) + self.vector(name + ".bias")
+
+    def product(self, name: str, x: np.ndarray, partition: int | None = None) -> np.ndarray:
+        """Return `x W^T` of float64 `[tokens, inputs]`; inputs are rounded apart in each partition."""
+        matrix = self._tensors.matrix(name)
+        if matrix.by_input:
+            return multiply_by_input(matrix, x, self._emulate, partition or x.shape[1])
+        return multiply(matrix, x, self._emulate)
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def _embedding(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self._tensors.matrix(name).rows(rows).astype(np.float64)
+
+
+class _Layer:
+    """One layer of the decoder, on the inputs of all tokens. Lowers `margins` to those of its masks."""
+
+    def __init__(self, decoder: NaiveDecoder, index: int, prompt_length: int, margins: np.ndarray):
+        self._decoder, self._prefix, self._prompt_length = decoder, f"layers.{index}.", prompt_length
+        self._margins = margins
+
+    def attention(self, x: np.ndarray) -> np.ndarray:
+        heads, kv_heads, width = (
+            int(self._decoder.number(name)) for name in ("num_heads", "num_kv_heads", "head_dim")
+        )
+        queries = self._rotate(self._project("q", x).reshape(len(x), heads, width))
+        keys = self._rotate(self._project("k", x).reshape(len(x), kv_heads, width))
+        values = self._project("v", x).reshape(len(x), kv_heads, width)
+        positions, out = np.arange(len(x)), np.empty_like(queries)
+        for head in range(heads):
+            shared = head // (heads // kv_heads)
+            scores = queries[:, head] @ keys[:, shared].T / np.sqrt(width)
+            scores[positions[:, None] < positions] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = weights / weights.sum(-1, keepdims=True) @ values[:, shared]
+        return self._project("o", out.reshape(len(x), -1))
+
+    def mlp(self, x: np.ndarray) -> np.ndarray:
+        is_gated = self._number("gated") == 1
+        neurons = self._activate(self._project("gate" if is_gated else "up", x))
+        neurons, _ = self._mask("neuron", neurons)
+        if is_gated:
+            up = self._project("up", x)
+            neurons = neurons * (np.maximum(up, 0) if self._number("up_relu") else up)
+        return self._project("down", neurons, int(self._decoder.number("neurons_per_partition")))
+
+    def _activate(self, z: np.ndarray) -> np.ndarray:
+        z = z - self._number("shift")
+        if self._number("statistical"):
+            deviations = self._number("deviations") * z.std(-1, keepdims=True)
+            z = np.maximum(z - (z.mean(-1, keepdims=True) + deviations), 0)
+        if cutoff := self._number("cutoff"):
+            self._lower_margins(naive_masks.relative_distance(z, cutoff))
+        return ACTIVATIONS[int(self._number("activation"))](z, self._number("cutoff"))
+
+    def _lower_margins(self, margins: np.ndarray) -> None:
+        np.minimum(self._margins, margins, out=self._margins)
+
+    def _project(self, site: str, x: np.ndarray, partition: int | None = None) -> np.ndarray:
+        """Return the projection of the masked input, with its bias and its low-rank correction."""
+        kept, left_out = self._mask(site, x)
+        y = self._decoder.product(self._prefix + site, kept, partition)
+        y = y + self._decoder.vector(f"{self._prefix}{site}.bias")
+        name = f"{self._prefix}{site}.low_rank_"
+        if self._decoder.has(name + "in"):
+            y = y + self._decoder.product(name + "out", self._decoder.product(name + "in", left_out))
+        return y
+
+    def _mask(self, site: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the site lets pass, and the rest of x."""
+        name = f"{self._prefix}{site}."
+        vectors = {key: self._decoder.vector(name + key, default) for key, default in naive_masks.DEFAULTS}
+        if not self._decoder.has(name + "thresholds"):
+            vectors["thresholds"] = self._number(site + ".threshold")
+        select, k = int(self._number(site + ".select")), int(self._number(site + ".k"))
+        is_dense = self._is_dense(site, len(x))
+        self._lower_margins(np.where(is_dense, np.inf, naive_masks.margin(x, select, k, **vectors)))
+        is_kept = naive_masks.keep(x, select, k, **vectors) | is_dense[:, None]
+        kept = np.where(is_kept, x - vectors["centre"], 0)
+        return kept, x - kept
+
+    def _is_dense(self, site: str, tokens: int) -> np.ndarray:
+        positions = np.arange(tokens)
+        is_prompt = (positions < self._prompt_length) & bool(self._number(site + ".decode_only"))
+        return is_prompt | (positions < self._number(site + ".dense_first"))
+
+    def _rotate(self, heads: np.ndarray) -> np.ndarray:
+        if self._decoder.number("position_kind") == 1:
+            return heads
+        angles = np.outer(np.arange(len(heads)), self._decoder.vector("rope_frequencies"))[:, None]
+        a, b = np.split(heads, 2, axis=-1)
+        cosine, sine = np.cos(angles), np.sin(angles)
+        return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+
+    def _number(self, name: str) -> float:
+        return self._decoder.number(self._prefix + name)

@@ -1,0 +1,47 @@
+"""The perplexity of a packed model on a text, by the engine, without torch."""
+
+import math
+
+import numpy as np
+
+from relufy.engine.engine import Engine
+from relufy.errors import UserError
+from relufy.text import token_windows
+
+WINDOW = 256
+MAX_TOKENS = 20_000
+
+
+def perplexity(engine: Engine, text: str) -> float:
+    """Return exp of the mean nats per token over windows of at most 256 tokens of the text's first 20,000.
+
+    Each window begins with the special token that the model's texts begin with, if there is one. Raises
+    UserError if the text fills no window.
+    """
+    length = min(engine.context, WINDOW)
+    start = engine.tokenizer.encode("")
+    body = length - min(len(start), 1)
+    if body < 2:
+        raise UserError(f"a context of {length} tokens is too short to measure perplexity")
+    encode = engine.tokenizer.encode
+    windows = token_windows(
+        text[: MAX_TOKENS * 16], lambda part: encode(part)[len(start) :][:MAX_TOKENS], length, _first(start)
+    )
+    nats = [_nats(engine, window) for window in windows]
+    return math.exp(float(np.mean(nats)))
+
+
+def _first(start: list[int]) -> int | None:
+    return start[0] if start else None
+
+
+def _nats(engine: Engine, window: np.ndarray) -> np.ndarray:
+    """Return -log p of each token of a window but the first."""
+    sequence = engine.new_sequence()
+    try:
+        logits = engine.step([(sequence, window.tolist())], "all")[:-1].astype(np.float64)
+    finally:
+        engine.free(sequence)
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(logits)), window[1:]]
+    return np.log(np.exp(logits).sum(axis=1)) - chosen

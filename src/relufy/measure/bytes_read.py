@@ -1,0 +1,191 @@
+"""What our engine reads from memory for one token: `bytes_engine`, which bounds its speed.
+
+Weights with their scales and padding, lists of active inputs and neurons, norms, keys and values, as the
+engine itself counts them (csrc/forward.cpp, csrc/mlp.cpp). Biases, thresholds and positions are too small to
+count, there and here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from relufy.engine.packed_file import padded
+from relufy.engine.packed_numbers import SHARES, numbers
+from relufy.engine.packed_writer import VECTOR_PADDING
+from relufy.engine.quantize import CHUNK, GROUPS, INTEGER, LINE, row_bytes
+from relufy.engine.safetensors_folder import SafetensorsFolder
+from relufy.engine.source_tensors import mask_module
+from relufy.engine.spec import DecoderSpec, LayerSpec
+from relufy.measure.cost import DenseSparse, Sparsity
+
+SCALE_BYTES = 4
+INDEX_BYTES = 4
+KV_BLOCK = 32
+KV_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+
+KIND = {
+    **dict.fromkeys(("q", "k", "v"), "q k v"),
+    **dict.fromkeys(("up", "down"), "up and down"),
+    **{name: name for name in ("o", "gate")},
+}
+"""Matrix -> the kind of bytes that its weights are."""
+LISTS = "norms and lists"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model is stored, where the bytes depend on it; see `relufy.pack` and `relufy.Engine`.
+
+    `ranks` gives the rank of each low-rank correction by layer and site (`correction_ranks`); a model without
+    corrections needs none.
+    """
+
+    dtype: str = "f32"
+    kv_dtype: str | None = None
+    for_: str = "exact"
+    ranks: Mapping[tuple[int, str], int] = field(default_factory=dict)
+
+    @property
+    def wide_dtype(self) -> str:
+        """The type of embedding and head."""
+        return "int8" if self.dtype == "int4" else self.dtype
+
+    @property
+    def float_dtype(self) -> str:
+        """The type of low-rank corrections."""
+        return "f32" if self.dtype == "f32" else "bf16"
+
+    @property
+    def kv_bytes(self) -> int:
+        """The bytes of a number in the KV cache; by default the engine's choice for the dtype."""
+        return KV_BYTES[self.kv_dtype or ("f32" if self.dtype == "f32" else "f16")]
+
+
+F32 = Packing()
+
+
+def correction_ranks(spec: DecoderSpec, weights: SafetensorsFolder) -> dict[tuple[int, str], int]:
+    """Return the rank of each low-rank correction of a checkpoint, by layer and site."""
+    return {
+        (index, site): weights.shape(f"{mask_module(spec, index, site)}.low_rank_in")[0]
+        for index, layer in enumerate(spec.layers)
+        for site, mask in layer.masks.items()
+        if mask.correction
+    }
+
+
+def bytes_engine(spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing = F32) -> DenseSparse:
+    """Return the bytes that the engine reads for one token at `context` positions.
+
+    Dense means the same model packed with no sparsifier at all, in the same types, not the sparse file with
+    skipping off.
+    """
+    dense_layers = tuple(
+        replace(s, activation="silu", has_up_relu=False, deviations=None, masks={}) for s in spec.layers
+    )
+    dense = bytes_by_kind(replace(spec, layers=dense_layers), {}, context, packing)
+    return DenseSparse(sum(dense.values()), sum(bytes_by_kind(spec, sparsity, context, packing).values()))
+
+
+def bytes_by_kind(
+    spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing = F32
+) -> dict[str, float]:
+    """Return the bytes read for one token, by what is read. The engine's own counter agrees (a test).
+
+    A site that `sparsity` does not name has the zeros of the one whose mask it shares, else none; `down` has
+    at least those of `neuron`.
+    """
+    norm = -(-spec.hidden_size // VECTOR_PADDING) * VECTOR_PADDING * 4
+    wide = packing.wide_dtype
+    embedding = row_bytes(spec.hidden_size, wide)
+    kinds = {
+        "embedding and head": embedding + _row_bytes(spec.vocab_size, spec.hidden_size, wide),
+        **dict.fromkeys(KIND.values(), 0.0),
+        "keys and values": spec.num_layers * _kv_bytes(spec, context, packing),
+        LISTS: (1 + 2 * spec.num_layers) * norm,
+    }
+    flags = numbers(spec)
+    for index, layer in enumerate(spec.layers):
+        shared = {s: first for s, first in SHARES.items() if flags.get(f"layers.{index}.{s}.shares_{first}")}
+        used = {site: 1 - values[index] for site, values in sparsity.items()}
+        for kind, amount in _Layer(spec, layer, index, used, shared, packing).amounts():
+            kinds[kind] += amount
+    return kinds
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer in one packing. `used`: site -> share; `shared`: site -> the one whose list it reads by."""
+
+    spec: DecoderSpec
+    layer: LayerSpec
+    index: int
+    used: Mapping[str, float]
+    shared: Mapping[str, str]
+    packing: Packing
+
+    def amounts(self) -> Iterator[tuple[str, float]]:
+        """Yield kinds of bytes and how many."""
+        for name, (outputs, inputs) in self.spec.matrix_shapes().items():
+            if self._is_bundled and name in ("up", "down"):
+                yield from self._neurons(name)
+            elif self._is_by_input(name):
+                yield from self._columns(name, outputs, inputs)
+            else:
+                yield KIND[name], _row_bytes(outputs, inputs, self.packing.dtype)
+            if self._is_corrected(name):
+                rank, dtype = self.packing.ranks[self.index, name], self.packing.float_dtype
+                yield KIND[name], rank * row_bytes(inputs, dtype) + outputs * row_bytes(rank, dtype)
+
+    def _neurons(self, name: str) -> Iterator[tuple[str, float]]:
+        site = "neuron" if name == "up" else "down"
+        listed = self.spec.intermediate_size * self._share(site)
+        yield KIND[name], _row_bytes(listed, self.spec.hidden_size, self.packing.dtype)
+        yield LISTS, listed * INDEX_BYTES
+
+    def _columns(self, name: str, outputs: int, inputs: int) -> Iterator[tuple[str, float]]:
+        listed, dtype = inputs * self._share(name), self.packing.dtype
+        reads_whole_rows = name == "down" and not self._is_corrected(name)
+        stored = row_bytes(outputs, dtype) if reads_whole_rows else _part_bytes(outputs, dtype)
+        yield KIND[name], listed * (stored + _scale_bytes(dtype))
+        if name not in self.shared:
+            yield LISTS, listed * INDEX_BYTES
+
+    def _share(self, site: str) -> float:
+        substitute = self.shared.get(site) or ("neuron" if site == "down" else site)
+        return self.used.get(site, self.used.get(substitute, 1.0))
+
+    def _is_corrected(self, name: str) -> bool:
+        mask = self.layer.masks.get(name)
+        return mask is not None and mask.correction is not None
+
+    @cached_property
+    def _is_bundled(self) -> bool:
+        is_corrected = self._is_corrected("up") or self._is_corrected("down")
+        can_skip = self.spec.family.is_gated and self.layer.has_sparse_neurons
+        return self.packing.for_ == "exact" and can_skip and not is_corrected
+
+    def _is_by_input(self, name: str) -> bool:
+        is_neuron = name == "down" and not self.spec.family.is_gated and self.layer.has_sparse_neurons
+        return self.packing.for_ == "exact" and (name in self.layer.masks or is_neuron)
+
+
+def _kv_bytes(spec: DecoderSpec, context: int, packing: Packing) -> float:
+    """Keys are read in whole blocks, values by position."""
+    key_positions = -(-context // KV_BLOCK) * KV_BLOCK
+    count = key_positions * spec.head_dim + context * padded(spec.head_dim)
+    return spec.num_kv_heads * count * packing.kv_bytes
+
+
+def _row_bytes(rows: float, count: int, dtype: str) -> float:
+    """Return the bytes of so many stored rows, with their scales."""
+    return rows * (row_bytes(count, dtype) + _scale_bytes(dtype))
+
+
+def _part_bytes(count: int, dtype: str) -> int:
+    """Return the bytes of a stored row without those that pad its group scales to a line."""
+    return -(-count // CHUNK[dtype]) * (LINE + GROUPS) if dtype == "int4" else row_bytes(count, dtype)
+
+
+def _scale_bytes(dtype: str) -> int:
+    return SCALE_BYTES if dtype in INTEGER else 0

@@ -1,0 +1,98 @@
+"""The GGUFs that llama.cpp is measured with hold the same model: its logits are transformers' own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from relufy.bench.llama_cpp import LlamaCpp, gguf_of, require_llama_cpp
+from relufy.bench.random_model import dense_model
+from relufy.bench.shapes import SHAPES
+from relufy.errors import UserError
+
+pytest.importorskip("llama_cpp")
+pytest.importorskip("gguf")
+
+TOKENS = np.random.default_rng(3).integers(0, SHAPES["tiny"].vocab_size, 40).tolist()
+TOLERANCES = {"F32": 2e-3, "F16": 2e-3, "BF16": 1e-2, "Q8_0": 0.05, "Q4_0": 0.4, "Q4_K_M": 0.4}
+"""llama.cpp keeps keys and values in f16 and rounds inputs to its own formats, on random weights."""
+
+
+@pytest.fixture
+def checkpoint() -> Path:
+    return dense_model(SHAPES["tiny"], 0, lambda *_: None)
+
+
+def transformers_logits(folder: Path, tokens: list[int]) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kind", TOLERANCES)
+def test_logits(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    llama = LlamaCpp(gguf_of(checkpoint, tmp_path, kind), threads=1, context=64)
+    assert relative(llama.logits(TOKENS), transformers_logits(checkpoint, TOKENS)) < TOLERANCES[kind]
+
+
+ROPE = {
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_logits_of_a_tied_model_with_scaled_positions(tmp_path: Path, rope: str) -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1024,
+        tie_word_embeddings=True,
+        rope_parameters=ROPE[rope],
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(mean=float(parameter.ndim == 1), std=0.15)
+    model.save_pretrained(tmp_path / "model")
+    llama = LlamaCpp(gguf_of(tmp_path / "model", tmp_path, "F32"), threads=1, context=64)
+    assert relative(llama.logits(TOKENS), transformers_logits(tmp_path / "model", TOKENS)) < 2e-3
+
+
+def test_turns_leave_no_trace(checkpoint: Path, tmp_path: Path) -> None:
+    llama = LlamaCpp(gguf_of(checkpoint, tmp_path, "F32"), threads=1, context=64)
+    llama.extend(TOKENS[:20])
+    first = llama.decode(7, 10)
+    llama.truncate(20)
+    assert llama.decode(7, 10) == first
+    assert llama.length == 30
+
+
+def test_other_families_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(UserError, match=r"'opt', so give --against none"):
+        gguf_of(folder, tmp_path, "F32")
+
+
+def test_installed() -> None:
+    require_llama_cpp()

@@ -1,0 +1,101 @@
+"""Random checkpoints: what transformers expects, the same again for a seed, and as dense as was asked for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from relufy.bench.densities import Densities
+from relufy.bench.random_model import WEIGHTS, dense_model, sparse_model, to_bfloat16
+from relufy.bench.shapes import SHAPES, find_shape
+from relufy.engine import naive, pack
+from relufy.engine.safetensors_folder import SafetensorsFolder
+from relufy.errors import UserError
+
+TINY = SHAPES["tiny"]
+CONTEXT = 96
+
+
+def no_progress(task: str, done: int, total: int) -> None: ...
+
+
+@pytest.fixture
+def dense() -> Path:
+    return dense_model(TINY, 0, no_progress)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("1.3b", 1.3475e9), ("7b", 6.738e9)], ids=["1.3b", "Llama-2-7B"]
+)
+def test_shapes_have_their_size(name: str, weights: float) -> None:
+    assert sum(np.prod(size, dtype=np.int64) for size in SHAPES[name].tensors().values()) == pytest.approx(
+        weights, rel=1e-3
+    )
+
+
+def test_unknown_shape() -> None:
+    with pytest.raises(UserError, match=r"no shape '13b' \(did you mean '1.3b'"):
+        find_shape("13b")
+
+
+def test_transformers_loads_the_checkpoint(dense: Path) -> None:
+    state = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == TINY.tensors()
+
+
+def test_weights_are_scaled_and_seeded(dense: Path) -> None:
+    first = SafetensorsFolder(dense).read("model.layers.0.mlp.down_proj.weight")
+    other = SafetensorsFolder(dense_model(TINY, 1, no_progress)).read("model.layers.0.mlp.down_proj.weight")
+    assert first.std() == pytest.approx(TINY.intermediate_size**-0.5, rel=0.02)
+    assert not np.array_equal(first, other)
+    before = (dense / WEIGHTS).read_bytes()
+    (dense / WEIGHTS).unlink()
+    (dense / "config.json").unlink()
+    dense.rmdir()
+    assert (dense_model(TINY, 0, no_progress) / WEIGHTS).read_bytes() == before
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-7, 1 + 2**-8 + 2**-20], np.float32)
+    rounded = (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+    assert rounded.tolist() == [1.0, 1.0, 1 + 2**-6, -1 - 2**-7, 1 + 2**-7]
+
+
+def test_models_of_one_shape_share_their_weights(dense: Path) -> None:
+    sparse = sparse_model(TINY, Densities(0.1, 0.5), CONTEXT, 0, no_progress)
+    assert (sparse / WEIGHTS).samefile(dense / WEIGHTS)
+    config = json.loads((sparse / "config.json").read_text())
+    assert config["hidden_act"] == "relufy"
+    assert config["quantization_config"]["quant_method"] == "relufy"
+
+
+@pytest.mark.parametrize("densities", [Densities(0.1), Densities(0.1, 0.5), Densities(0.3, 0.25)], ids=str)
+def test_densities_hold_on_fresh_tokens(
+    densities: Densities, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sparse_model(TINY, densities, CONTEXT, 0, no_progress)
+    packed = pack(folder, tmp_path / "model.relufy")
+    found: dict[str, list[float]] = {}
+    mask = naive._Layer._mask
+
+    def counted(layer: naive._Layer, site: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        kept, rest = mask(layer, site, x)
+        found.setdefault(site, []).append(float(np.mean(kept[CONTEXT - 32 :] != 0)))
+        return kept, rest
+
+    monkeypatch.setattr(naive._Layer, "_mask", counted)
+    fresh = np.random.default_rng(99).integers(0, TINY.vocab_size, CONTEXT + 32)
+    naive.NaiveDecoder(packed).logits(fresh.tolist())
+    wanted = dict.fromkeys(("q", "k", "v", "o", "gate"), densities.inputs or 1.0)
+    wanted |= {"neuron": densities.neurons, "up": 1.0}
+    for site, density in wanted.items():
+        assert len(found[site]) == TINY.num_layers
+        assert np.mean(found[site]) == pytest.approx(density, abs=0.05), site
+
+
+@pytest.mark.parametrize("densities", [(0.0, None), (1.5, None), (0.1, 0.0), (0.1, -1.0)], ids=str)
+def test_impossible_densities(densities: tuple[float, float | None]) -> None:
+    with pytest.raises(UserError, match="must be above 0 and at most 1"):
+        Densities(*densities)
