@@ -9,19 +9,20 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
-CPP_TESTS := build/cpp
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 CHECKED := src tests $(wildcard examples)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types test-cpp test-python format clean
+.PHONY: help demo test lint types test-cpp test-python sanitize neon format clean
 
 help:
-	@echo "make demo    relufy the bundled model, measure it, run it, and write relufy-demo/report.html"
-	@echo "make test    lint, types, C++ tests, Python tests"
-	@echo "make format  format the Python and C++ sources"
-	@echo "make clean   remove .venv, build/ and relufy-demo/"
+	@echo "make demo      relufy the bundled model, measure it, run it, and write relufy-demo/report.html"
+	@echo "make test      lint, types, C++ tests, Python tests"
+	@echo "make sanitize  C++ tests under the address, undefined-behaviour and thread sanitizers"
+	@echo "make neon      C++ tests for 64-bit ARM, emulated: apt install g++-aarch64-linux-gnu qemu-user"
+	@echo "make format    format the Python and C++ sources"
+	@echo "make clean     remove .venv, build/ and relufy-demo/"
 
 demo: $(VENV)/.demo
 	$(BIN)/relufy demo $(DEMO_ARGS)
@@ -36,10 +37,22 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 
+# Builds the C++ tests in folder $(1), with the options $(2) of CMake, and runs them.
+define cpp_tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DRELUFY_BUILD_PYTHON=OFF -DRELUFY_BUILD_TESTS=ON $(2)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir $(1) --output-on-failure
+endef
+
 test-cpp: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(CPP_TESTS) -G Ninja -DRELUFY_BUILD_PYTHON=OFF -DRELUFY_BUILD_TESTS=ON
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(CPP_TESTS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir $(CPP_TESTS) --output-on-failure
+	$(call cpp_tests,build/cpp)
+
+sanitize: $(VENV)/.dev
+	$(call cpp_tests,build/sanitize-address,-DRELUFY_SANITIZE=address)
+	$(call cpp_tests,build/sanitize-thread,-DRELUFY_SANITIZE=thread)
+
+neon: $(VENV)/.dev
+	$(call cpp_tests,build/neon,-DCMAKE_TOOLCHAIN_FILE=.ci/aarch64-linux.cmake)
 
 test-python: $(VENV)/.dev
 	$(BIN)/python -m pytest

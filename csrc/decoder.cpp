@@ -107,8 +107,8 @@ class LayerReader {
     return s;
   }
 
-  // Whether a's input may be first's. A correction needs what its own mask left out, in a place of its own; and
-  // columns need the list of their inputs, which is made for columns only.
+  // Whether a's input may be first's. A correction needs what its own mask left out, in a place of its own;
+  // and columns need the list of their inputs, which is made for columns only.
   bool shares(const std::string& name, const Matrix& a, const Matrix& first) const {
     bool is_alone = a.rank > 0 || first.rank > 0 || (a.is_columns() && !first.is_columns());
     return !is_alone && (flag(name) || !(a.mask || first.mask));

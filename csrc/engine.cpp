@@ -70,6 +70,7 @@ void Engine::allocate() {
     Scratch scratch;
     scratch.list = make_buffer<uint32_t>(d.neurons_per_partition + 16);
     scratch.scatter = make_buffer<uint8_t>(scatter_scratch(most, kChunk));
+    scratch.keys.reserve(2 * most);
     if (d.max_rank > 0) scratch.correction = make_buffer<float>(most);
     for (auto& by_layer : scratch.used) by_layer.resize(d.num_layers);
     scratch_.push_back(std::move(scratch));
@@ -162,8 +163,9 @@ void Engine::check(std::span<const Work> work) const {
 void Engine::check_room(SequenceId id, size_t count) const {
   size_t length = kv_.length(id);
   if (count > decoder_.max_context - length)
-    throw OutOfKv("the model's context has " + std::to_string(decoder_.max_context) + " positions: no room for " +
-                  std::to_string(count) + " tokens after " + std::to_string(length));
+    throw OutOfKv("the model's context has " + std::to_string(decoder_.max_context) +
+                  " positions: no room for " + std::to_string(count) + " tokens after " +
+                  std::to_string(length));
 }
 
 // Room for `count` more positions of a sequence; if there is none, it is as before.

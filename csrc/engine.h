@@ -81,7 +81,7 @@ class Engine {
   void reset_stats();
 
  private:
-  static constexpr size_t kChunk = 32;              // tokens that go through the layers together
+  static constexpr size_t kChunk = 32;             // tokens that go through the layers together
   static constexpr size_t kFirstPositions = 4096;  // that attention has scratch for from the beginning
 
   struct Token {

@@ -8,7 +8,8 @@ namespace relufy {
 namespace {
 
 constexpr size_t kTaskBytes = 65536;  // weights in a task of rows
-constexpr size_t kTaskColumns = 1024;  // the least outputs in a task of columns: short runs of memory are slow
+constexpr size_t kTaskColumns =
+    1024;  // the least outputs in a task of columns: short runs of memory are slow
 
 size_t round_up_quotient(size_t a, size_t b) { return (a + b - 1) / b; }
 

@@ -139,7 +139,7 @@ struct Kernels {
 };
 
 // Bytes of scratch for a call of `scatter`.
-static inline constexpr size_t kScatterTile = 4096;  // outputs
+static inline constexpr size_t kScatterTile = 2048;  // outputs
 static inline constexpr size_t scatter_scratch(size_t count, size_t tokens) {
   size_t coefficients = tokens * (round_up(count, 16) + 16) * (sizeof(float) + 2 * sizeof(int16_t));
   size_t sums = tokens * kScatterTile * 2 * sizeof(int32_t);

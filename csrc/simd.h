@@ -142,13 +142,13 @@ inline vec load_f16(const uint16_t* p) {
 #elif defined(__AVX2__)
   return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  vec v;
-  for (size_t i = 0; i < kLanes; ++i) {
-    _Float16 half;
-    std::memcpy(&half, p + i, sizeof half);
-    v[i] = static_cast<float>(half);
-  }
-  return v;
+  // Not every compiler has a type for it. A product with 2^112 moves the exponent, of numbers below 2^-14
+  // too.
+  typedef uint16_t halves __attribute__((vector_size(RELUFY_VECTOR_BYTES / 2)));
+  uvec bits = __builtin_convertvector(load_as<halves>(p), uvec);
+  vec magnitude = (vec)((bits & 0x7FFF) << 13) * 0x1p112f;
+  uvec special = (uvec)((bits & 0x7C00) == 0x7C00) & 0x7F800000;
+  return (vec)((uvec)magnitude | special | (bits & 0x8000) << 16);
 #endif
 }
 

@@ -56,8 +56,9 @@ void ThreadPool::run_erased(Erased function, void* context) {
 }
 
 void ThreadPool::work(size_t thread) {
-  for (uint32_t seen = 0; wait_for_work(seen);) {
-    seen = epoch_.load(std::memory_order_acquire);
+  for (uint32_t epoch = 0;;) {
+    epoch = epoch_after(epoch);
+    if (stopping_) return;  // asked after that: a stop that this misses changes the epoch once more
     bool may_enter = !(inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed);
     if (may_enter) {
       Team team(*this, thread, first_phase_);
@@ -67,14 +68,14 @@ void ThreadPool::work(size_t thread) {
   }
 }
 
-// Returns when the epoch is past `seen`: true to work, false to end.
-bool ThreadPool::wait_for_work(uint32_t seen) {
+// Waits for the epoch to be another than `seen`, and returns it.
+uint32_t ThreadPool::epoch_after(uint32_t seen) {
   auto has_changed = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
   auto give_up = std::chrono::steady_clock::now() + kSpinTime;
   while (!has_changed() && std::chrono::steady_clock::now() < give_up)
     for (int i = 0; i < 32 && !has_changed(); ++i) pause();
   while (!has_changed()) epoch_.wait(seen, std::memory_order_acquire);
-  return !stopping_;
+  return epoch_.load(std::memory_order_acquire);
 }
 
 // Reports this thread's finished tasks; whoever reports the last ones opens the next phase.

@@ -44,13 +44,13 @@ class ThreadPool {
   void stop();
   void run_erased(Erased function, void* context);
   void work(size_t thread);
-  bool wait_for_work(uint32_t seen);
+  uint32_t epoch_after(uint32_t seen);
 
   std::vector<std::thread> workers_;
   Erased function_ = nullptr;
   void* context_ = nullptr;
   uint32_t first_phase_ = 0;
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};                  // then the epoch has changed, or is about to
   alignas(64) std::atomic<uint32_t> epoch_{0};         // counts calls of run; workers wait for it to change
   alignas(64) std::atomic<uint32_t> inside_{kClosed};  // workers in the body, and whether no more may enter
   alignas(64) std::atomic<uint64_t> ticket_{0};        // phase << 32 | its next task

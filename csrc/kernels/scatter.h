@@ -1,8 +1,8 @@
 // Sums of stored rows: what the listed inputs, or neurons, add to all outputs.
 //
-// Floats: four rows a pass over y, in ascending order. Integers: the coefficients (input x the row's scale)
-// are scaled to 16 bits by their largest; eight rows a pass; the bytes of four rows are laid side by side so
-// that one instruction multiplies and adds all four, once for the high and once for the low byte of the
+// Floats: a few rows a pass over y, in ascending order. Integers: the coefficients (input x the row's scale)
+// are scaled to 16 bits by their largest; eight rows a pass; the bytes of four rows are laid side by side
+// so that one instruction multiplies and adds all four, once for the high and once for the low byte of the
 // coefficients. Sums are exact, so neither the grouping of the rows nor the tile of the outputs is in the
 // result.
 #pragma once
@@ -25,6 +25,8 @@ inline void normalise_zero(float* y, size_t n) {
 }
 
 // ---- floats
+
+constexpr size_t kFloatBatch = 8;  // rows a pass
 
 template <Dtype D, size_t N>
 inline void add_rows(const uint8_t* const* rows, const float* c, size_t width, float* y) {
@@ -55,15 +57,15 @@ void scatter_float(const StoredRows& w, size_t first, size_t width, const uint32
                    const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
   for (size_t t = 0; t < tokens; ++t) clear(y + t * y_stride, width);
   size_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    add_float_rows<D, 4>(w, first, width, list + i, x, x_stride, tokens, y, y_stride);
+  for (; i + kFloatBatch <= count; i += kFloatBatch)
+    add_float_rows<D, kFloatBatch>(w, first, width, list + i, x, x_stride, tokens, y, y_stride);
   for (; i < count; ++i) add_float_rows<D, 1>(w, first, width, list + i, x, x_stride, tokens, y, y_stride);
   for (size_t t = 0; t < tokens; ++t) normalise_zero(y + t * y_stride, width);
 }
 
 // ---- integers
 
-constexpr size_t kBatch = 8;  // rows a pass
+constexpr size_t kFours = 2, kBatch = 4 * kFours;  // rows a pass
 
 // Scratch, carved out of one block of memory.
 struct Scatter {
@@ -73,10 +75,9 @@ struct Scatter {
   int8_t *high, *low;  // [tokens][padded_count]: their bytes, q = 256 * high + low
   float* scale;        // [tokens]
   int32_t* sums;       // [tokens][tile / kVectorBytes][4][2][kLanes]: of products with high and with low
-  int32_t*
-      limbs;  // int4: [tokens][2 batches of 4 rows][2][groups]: their bytes, a 32-bit lane for each group
-  int32_t* excess;  // int4: [tokens][2][groups]: 8 times the sums of the group's coefficients
-  int64_t* total;   // int8: [tokens]: 128 times the sum of the coefficients
+  int32_t* limbs;      // int4: [tokens][4 rows each][2][groups]: their bytes, a 32-bit lane for each group
+  int32_t* excess;     // int4: [tokens][2][groups]: 8 times the sums of the group's coefficients
+  int64_t* total;      // int8: [tokens]: 128 times the sum of the coefficients
 
   Scatter(void* memory, size_t count, size_t tokens_, size_t tile_)
       : tokens(tokens_),
@@ -91,7 +92,7 @@ struct Scatter {
     scale = take<float>(tokens);
     total = take<int64_t>(tokens);
     sums = take<int32_t>(tokens * tile * 2);
-    limbs = take<int32_t>(tokens * 4 * groups);
+    limbs = take<int32_t>(tokens * 2 * kFours * groups);
     excess = take<int32_t>(tokens * 2 * groups);
   }
 
@@ -162,19 +163,19 @@ inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
   for (size_t j = 0; j < width; j += kVectorBytes) {
     if (j % 64 == 0)
       for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
-    bytes_t side[2][4];
-    for (size_t half = 0; half < 2; ++half) {
-      const uint8_t* const* rows = b.rows + 4 * half;
+    bytes_t side[kFours][4];
+    for (size_t four = 0; four < kFours; ++four) {
+      const uint8_t* const* rows = b.rows + 4 * four;
       interleave4(load_as<bytes_t>(rows[0] + j), load_as<bytes_t>(rows[1] + j), load_as<bytes_t>(rows[2] + j),
-                  load_as<bytes_t>(rows[3] + j), side[half]);
+                  load_as<bytes_t>(rows[3] + j), side[four]);
     }
     for (size_t t = 0; t < s.tokens; ++t) {
       const int8_t *high = s.high + t * s.padded_count + i, *low = s.low + t * s.padded_count + i;
       int32_t* at = s.sums + (t * s.tile + j) * 2;
       ivec sums[4][2];
       load_sums(at, sums);
-      add_four(sums, side[0], coefficient_lanes(high), coefficient_lanes(low));
-      add_four(sums, side[1], coefficient_lanes(high + 4), coefficient_lanes(low + 4));
+      for (size_t four = 0; four < kFours; ++four)
+        add_four(sums, side[four], coefficient_lanes(high + 4 * four), coefficient_lanes(low + 4 * four));
       store_sums(at, sums);
     }
   }
@@ -210,24 +211,27 @@ inline void scale_groups(Scatter& s, size_t t, const uint8_t* const* k, const in
   }
 }
 
-inline void add_int4_half(Scatter& s, const bytes_t* rows, size_t half, const int32_t* limbs, int32_t* at,
-                          size_t group) {
-  bytes_t side[2][4];
-  for (size_t b = 0; b < 2; ++b) {
+// One half of the nibbles at `offset` of the rows: outputs of the groups `group` and, at odd lanes, the next.
+inline void add_int4_half(Scatter& s, const Batch& b, size_t offset, size_t half, int32_t* at, size_t group) {
+  bytes_t side[kFours][4];
+  for (size_t four = 0; four < kFours; ++four) {
     bytes_t nibbles[4];
-    for (size_t r = 0; r < 4; ++r)
-      nibbles[r] = half ? high_nibbles(rows[4 * b + r]) : low_nibbles(rows[4 * b + r]);
-    interleave4(nibbles[0], nibbles[1], nibbles[2], nibbles[3], side[b]);
+    for (size_t r = 0; r < 4; ++r) {
+      bytes_t both = load_as<bytes_t>(b.rows[4 * four + r] + offset);
+      nibbles[r] = half ? high_nibbles(both) : low_nibbles(both);
+    }
+    interleave4(nibbles[0], nibbles[1], nibbles[2], nibbles[3], side[four]);
   }
   size_t groups = s.groups;
-  for (size_t t = 0; t < s.tokens; ++t, at += s.tile * 2, limbs += 4 * groups) {
+  const int32_t* limbs = s.limbs + group;
+  for (size_t t = 0; t < s.tokens; ++t, at += s.tile * 2, limbs += 2 * kFours * groups) {
     ivec sums[4][2];
     load_sums(at, sums);
-    for (size_t b = 0; b < 2; ++b)
+    for (size_t four = 0; four < kFours; ++four)
       for (size_t k = 0; k < 4; ++k) {
-        const int32_t* lanes = limbs + 2 * b * groups + group + k % 2;
-        sums[k][0] = dot4(sums[k][0], side[b][k], (bytes_t)broadcast(lanes[0]));
-        sums[k][1] = dot4(sums[k][1], side[b][k], (bytes_t)broadcast(lanes[groups]));
+        const int32_t* lanes = limbs + 2 * four * groups + k % 2;
+        sums[k][0] = dot4(sums[k][0], side[four][k], (bytes_t)broadcast(lanes[0]));
+        sums[k][1] = dot4(sums[k][1], side[four][k], (bytes_t)broadcast(lanes[groups]));
       }
     store_sums(at, sums);
   }
@@ -237,18 +241,15 @@ inline void add_int4_batch(Scatter& s, const Batch& b, const Batch& k, size_t i,
   for (size_t r = 0; r < kBatch; ++r)
     for (size_t at = 0; at < width / 32; at += 64) prefetch(k.next[r] + at);
   for (size_t t = 0; t < s.tokens; ++t)
-    for (size_t half = 0; half < 2; ++half)
-      scale_groups(s, t, k.rows + 4 * half, s.q + t * s.padded_count + i + 4 * half, width / 32,
-                   s.limbs + (t * 4 + 2 * half) * s.groups);
+    for (size_t four = 0; four < kFours; ++four)
+      scale_groups(s, t, k.rows + 4 * four, s.q + t * s.padded_count + i + 4 * four, width / 32,
+                   s.limbs + (t * kFours + four) * 2 * s.groups);
   for (size_t chunk = 0; chunk < width / 128; ++chunk) {
     for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + 64 * chunk);
-    for (size_t v = 0; v < 64; v += kVectorBytes) {
-      bytes_t rows[kBatch];
-      for (size_t r = 0; r < kBatch; ++r) rows[r] = load_as<bytes_t>(b.rows[r] + 64 * chunk + v);
+    for (size_t v = 0; v < 64; v += kVectorBytes)
       for (size_t half = 0; half < 2; ++half)
-        add_int4_half(s, rows, half, s.limbs, s.sums + (128 * chunk + 64 * half + v) * 2,
+        add_int4_half(s, b, 64 * chunk + v, half, s.sums + (128 * chunk + 64 * half + v) * 2,
                       4 * chunk + 2 * half);
-    }
   }
 }
 

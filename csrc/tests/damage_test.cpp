@@ -18,7 +18,13 @@ const std::string kPath = "damage_test." + std::to_string(getpid()) + ".relufy";
 // A valid file, and what is done to it before it is opened.
 class Victim {
  public:
-  explicit Victim(const TinyModel& model) : original_(packed(model)), bytes_(original_) {}
+  explicit Victim(const TinyModel& model) : original_(packed(model)), bytes_(original_), end_(size()) {
+    descriptor_ = open(kPath.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    save();
+  }
+  ~Victim() { close(descriptor_); }
+  Victim(const Victim&) = delete;
+  Victim& operator=(const Victim&) = delete;
 
   size_t size() const { return original_.size(); }
   size_t num_numbers() const { return field<uint32_t>(32); }
@@ -37,22 +43,51 @@ class Victim {
   template <class T>
   void set(size_t at, T value) {
     put(bytes_, at, value);
+    touch(at, at + sizeof value);
   }
 
-  void copy(size_t from, size_t to, size_t count) { std::copy_n(&original_[from], count, &bytes_[to]); }
-  void cut(size_t size) { bytes_.resize(size); }
-  void make_checksum_right() { put_checksum(bytes_, header_bytes()); }
+  void copy(size_t from, size_t to, size_t count) {
+    std::copy_n(&original_[from], count, &bytes_[to]);
+    touch(to, to + count);
+  }
+
+  void cut(size_t size) {
+    bytes_.resize(size);
+    touch(size, original_.size());
+  }
+
+  void make_checksum_right() {
+    put_checksum(bytes_, header_bytes());
+    touch(0, 64);
+  }
 
   // Whether the file as it is now was refused; it is whole again afterwards.
   bool is_refused(Options options = {.context = 64}) {
-    int descriptor = open(kPath.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    CHECK(write(descriptor, bytes_.data(), bytes_.size()) == static_cast<ssize_t>(bytes_.size()));
-    close(descriptor);
+    save();
+    bool refused = throws<FileError>([&] { use(options); });
     bytes_ = original_;
-    return throws<FileError>([&] { use(options); });
+    save();
+    begin_ = size(), end_ = 0;
+    return refused;
   }
 
  private:
+  void touch(size_t begin, size_t end) {
+    begin_ = std::min(begin_, begin);
+    end_ = std::max(end_, end);
+  }
+
+  // Writes what may differ from what the file holds.
+  void save() {
+    size_t end = std::min(end_, bytes_.size());
+    CHECK(ftruncate(descriptor_, static_cast<off_t>(bytes_.size())) == 0);
+    for (size_t at = begin_; at < end;) {
+      ssize_t written = pwrite(descriptor_, &bytes_[at], end - at, static_cast<off_t>(at));
+      CHECK(written > 0);
+      at += static_cast<size_t>(written);
+    }
+  }
+
   static void use(Options options) {
     Engine engine(kPath, options);
     size_t vocab = engine.decoder().vocab_size;
@@ -69,6 +104,8 @@ class Victim {
   }
 
   Bytes original_, bytes_;
+  size_t begin_ = 0, end_;  // of what was touched
+  int descriptor_;
 };
 
 using Random = std::mt19937;
@@ -79,8 +116,8 @@ T one_of(const T (&values)[N], Random& random) {
 }
 
 void damage_number(Victim& victim, Random& random) {
-  constexpr double kValues[] = {0,    -0.0, 1,    2,     3,      6,        16,   17,       64,  -1,
-                                0.5,  1e9,  1e19, 1e300, -1e300, 1u << 31, 65536, 1u << 19, NAN, INFINITY};
+  constexpr double kValues[] = {0,   -0.0, 1,    2,     3,      6,        16,    17,       64,  -1,
+                                0.5, 1e9,  1e19, 1e300, -1e300, 1u << 31, 65536, 1u << 19, NAN, INFINITY};
   size_t at = victim.number_at(random() % victim.num_numbers()) + 56;
   double old = victim.field<double>(at);
   double value = one_of(kValues, random);
@@ -88,7 +125,8 @@ void damage_number(Victim& victim, Random& random) {
 }
 
 void damage_tensor(Victim& victim, Random& random) {
-  constexpr uint64_t kValues[] = {0, 1, 2, 64, 128, 1u << 19, 1u << 31, uint64_t{1} << 32, uint64_t{1} << 63, UINT64_MAX};
+  constexpr uint64_t kValues[] = {
+      0, 1, 2, 64, 128, 1u << 19, 1u << 31, uint64_t{1} << 32, uint64_t{1} << 63, UINT64_MAX};
   size_t at = victim.tensor_at(random() % victim.num_tensors());
   size_t other = victim.tensor_at(random() % victim.num_tensors());
   size_t field = 72 + 8 * (random() % 5);
@@ -122,8 +160,9 @@ void damage_tables(Victim& victim, Random& random) {
 
 // A run of one number that is none, or is huge, or of any bytes, in one tensor.
 void damage_payload(Victim& victim, Random& random) {
-  constexpr uint32_t kPatterns[] = {0x7FC00000u, 0xFFFFFFFFu, 0x7F800000u, 0xFF800000u, 0x7F7FFFFFu, 0xFF7FFFFFu,
-                                    0x00000001u, 0x80000000u, 0x7F807F80u, 0x80808080u, 0x7FC17FC1u, 0u};
+  constexpr uint32_t kPatterns[] = {0x7FC00000u, 0xFFFFFFFFu, 0x7F800000u, 0xFF800000u,
+                                    0x7F7FFFFFu, 0xFF7FFFFFu, 0x00000001u, 0x80000000u,
+                                    0x7F807F80u, 0x80808080u, 0x7FC17FC1u, 0u};
   for (size_t changes = 1 + random() % 4; changes > 0; --changes) {
     size_t record = victim.tensor_at(random() % victim.num_tensors());
     size_t begin = victim.field<uint64_t>(record + 96), bytes = victim.field<uint64_t>(record + 104);
@@ -142,7 +181,8 @@ void test_survives_damage(const TinyModel& model, size_t rounds, Random& random)
   for (size_t round = 0; round < rounds; ++round) {
     bool in_payload = round % 3 == 0;
     in_payload ? damage_payload(victim, random) : damage_tables(victim, random);
-    bool was_refused = victim.is_refused({.context = 64, .skip = round % 2 == 0, .memory = round % 5 ? Memory::map : Memory::load});
+    bool was_refused = victim.is_refused(
+        {.context = 64, .skip = round % 2 == 0, .memory = round % 5 ? Memory::map : Memory::load});
     CHECK(!(in_payload && was_refused));
     refused += was_refused;
   }
@@ -170,7 +210,8 @@ void test_refuses_a_cut_at_every_border(const TinyModel& model) {
 
 void test_refuses_absurd_sizes(const TinyModel& model) {
   Victim victim(model);
-  constexpr uint64_t kSizes[] = {1u << 29, 1u << 31, uint64_t{1} << 32, uint64_t{1} << 62, uint64_t{1} << 63, UINT64_MAX - 63};
+  constexpr uint64_t kSizes[] = {1u << 29,          1u << 31,          uint64_t{1} << 32,
+                                 uint64_t{1} << 62, uint64_t{1} << 63, UINT64_MAX - 63};
   for (size_t i = 0; i < victim.num_tensors(); ++i)
     for (size_t field = 72; field < 112; field += 8)
       for (uint64_t size : kSizes) {

@@ -308,6 +308,22 @@ void test_attend(const Kernels& k, Dtype dtype) {
     }
 }
 
+// The one value that one position gives: every finite number of 16 bits is read as what it is.
+void test_reads_f16(const Kernels& k) {
+  constexpr size_t kHeadDim = 512;
+  std::vector<uint16_t> block(kKvBlock * 2 * kHeadDim);
+  auto part = reinterpret_cast<const uint8_t*>(block.data());
+  Floats query(kHeadDim), scores(kKvBlock), out(kHeadDim);
+  Attention a{&part, 1, kHeadDim, 1, kHeadDim, Dtype::f16, 1.0f};
+  for (uint32_t first = 0; first < 0x10000; first += kHeadDim) {
+    if ((first & 0x7C00) == 0x7C00) continue;
+    for (size_t i = 0; i < kHeadDim; ++i) block[kKvBlock * kHeadDim + i] = static_cast<uint16_t>(first + i);
+    k.attend(a, query.data(), scores.data(), out.data());
+    for (size_t i = 0; i < kHeadDim; ++i)
+      CHECK(out[i] == half_value(static_cast<uint16_t>(first + i), Dtype::f16));
+  }
+}
+
 void test_narrow() {
   for (Dtype dtype : {Dtype::bf16, Dtype::f16})
     for (uint32_t bits = 0; bits < 0x7C00;
@@ -347,6 +363,7 @@ int main() {
       test_expand(*k, dtype);
     }
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) test_attend(*k, dtype);
+    test_reads_f16(*k);
     test_quantise(*k);
     test_list_active(*k);
     test_activations(*k);

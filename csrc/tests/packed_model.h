@@ -105,7 +105,7 @@ struct TinyModel {
   Activation activation = Activation::relu;
   double shift = 0.0, cutoff = 0.0;
   std::map<std::string, Mask> masks = {};  // by site
-  bool shares = false;                // one mask for q, k and v, and one for gate and up
+  bool shares = false;                     // one mask for q, k and v, and one for gate and up
 };
 
 class ModelWriter {

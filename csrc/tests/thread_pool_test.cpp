@@ -1,5 +1,5 @@
-// Every task runs once, phases do not overlap, a parked pool wakes up, and nobody waits for a thread that is
-// away.
+// Every task runs once, phases do not overlap, a parked pool wakes up and ends, and nobody waits for a thread
+// that is away.
 #include "thread_pool.h"
 
 #include "check.h"
@@ -60,6 +60,16 @@ void test_nobody_waits_for_a_thread_that_is_away() {
   CHECK(sum == 20 * 50 * 3);
 }
 
+// A worker that wakes up for work that is over must still see that the pool is going.
+void test_ends_in_the_middle_of_waking() {
+  std::atomic<size_t> sum{0};
+  for (int round = 0; round < 3000; ++round) {
+    ThreadPool pool(3);
+    pool.run([&](Team& team) { team.for_each(3, [&](size_t i) { sum += i; }); });
+  }
+  CHECK(sum == 3000 * 3);
+}
+
 }  // namespace
 
 int main() {
@@ -69,4 +79,5 @@ int main() {
     test_wakes_after_parking(threads);
   }
   test_nobody_waits_for_a_thread_that_is_away();
+  test_ends_in_the_middle_of_waking();
 }

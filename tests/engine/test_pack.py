@@ -68,12 +68,14 @@ def test_layouts_follow_what_can_be_skipped(case, make_checkpoint, tmp_path):
 
 def test_types_of_an_int4_file(make_checkpoint, tmp_path):
     mask = Sparsifier(("o",), "threshold", threshold=0.1, correction="low_rank")
-    folder = make_checkpoint(sparsifiers=(NEURON, mask))
+    folder = make_checkpoint(sparsifiers=(NEURON, mask), hidden_size=96)
     header = read_header(pack(folder, tmp_path / "m", "int4"))
     types = {e.name: DTYPES[e.dtype] for e in header.tensors.values() if e.layout not in (RAW, VECTOR)}
     assert types["embedding"] == types["head"] == "int8"
     assert types["layers.0.o.low_rank_in"] == types["layers.1.o.low_rank_out"] == "bf16"
     assert types["layers.0.q"] == types["layers.1.up_down"] == "int4"
+    odd = read_header(pack(make_checkpoint(), tmp_path / "odd", "int4"))  # groups of 32 do not divide 68
+    assert DTYPES[odd.tensors["layers.0.q"].dtype] == "int8"
     vectors = [e for e in header.tensors.values() if e.layout == VECTOR]
     assert all(DTYPES[e.dtype] == "f32" and e.stride == e.bytes and e.bytes % 512 == 0 for e in vectors)
     scales = {name for name in header.tensors if name.endswith(".scales")}

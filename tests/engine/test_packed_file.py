@@ -12,7 +12,7 @@ from relufy.engine.pack import pack
 from relufy.engine.packed_file import RAW, read_header, verify
 from relufy.engine.packed_tensors import PackedTensors
 from relufy.engine.packed_writer import PackedFileWriter
-from relufy.engine.quantize import DTYPES, INTEGER, decode, encode
+from relufy.engine.quantize import DTYPES, INTEGER, decode, encode, row_dtype
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def packed(make_checkpoint, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(37, 5), (5, 37), (1, 1), (130, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 5), (5, 37), (1, 1), (130, 257), (96, 160)], ids=str)
 def test_every_layout_holds_the_weights(dtype, shape, tmp_path):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape).astype(np.float32)
@@ -52,6 +52,7 @@ def test_every_layout_holds_the_weights(dtype, shape, tmp_path):
 
 
 def _read_back(values: np.ndarray, dtype: str) -> np.ndarray:
+    dtype = row_dtype(values.shape[1], dtype)
     encoded = encode(values, dtype)
     return decode(encoded.raw, dtype, values.shape[1], encoded.scales)
 

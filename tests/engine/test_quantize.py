@@ -175,6 +175,7 @@ def novel_windows(kit: Path, bundled: Path) -> np.ndarray:
     return np.concatenate([token_windows(text, encode, 256, 0) for text in texts])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_bundled_model_loses_less_than_with_q4_0(bundled, novel_windows):
     """One text alone can't tell: which way the weights happen to round shifts each by half a percent."""

@@ -76,7 +76,16 @@ def block(family: str, name: str) -> tuple[Sparsifier, ...]:
     return (GATED if family == "llama" else PLAIN)[name]
 
 
-def make_case(make_checkpoint, family: str, name: str, **config):
+WIDTHS = {
+    "llama": {"hidden_size": 96, "intermediate_size": 160},
+    "opt": {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 160},
+}
+"""Rows of int4 are in groups of 32; other rows of such a file are int8, so that sizes like 68 would test none."""
+
+
+def make_case(make_checkpoint, family: str, name: str, dtype: str = "f32", **config):
+    if dtype == "int4":
+        config |= WIDTHS[family]
     if family == "opt" and block(family, name):
         config["activation_function"] = "gelu"  # OPT's own ReLU would not be replaced
     return make_checkpoint(family=family, sparsifiers=block(family, name), **config), name
@@ -84,7 +93,8 @@ def make_case(make_checkpoint, family: str, name: str, **config):
 
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request, make_checkpoint):
-    return make_case(make_checkpoint, *request.param)
+    """Yield a function that makes the case for a dtype."""
+    return lambda dtype="f32": make_case(make_checkpoint, *request.param, dtype)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -96,9 +106,8 @@ def shallow_case(request, make_checkpoint):
     """
 
     def make(dtype: str):
-        return make_case(
-            make_checkpoint, *request.param, num_hidden_layers=1 if dtype in ("int8", "int4") else 2
-        )
+        layers = 1 if dtype in ("int8", "int4") else 2
+        return make_case(make_checkpoint, *request.param, dtype, num_hidden_layers=layers)
 
     return make
 
@@ -140,7 +149,7 @@ def test_a_dense_pack_computes_the_same_model(shallow_case, dtype, tmp_path):
 
 
 def test_equals_transformers_in_f32(case, tmp_path):
-    folder, name = case
+    folder, name = case()
     if name == "decode-only":
         pytest.skip("transformers has no prompt of a given length in one forward; tests/model shows it")
     path, tokens = pack(folder, tmp_path / "m"), tokens_of(513, LENGTH)
@@ -153,7 +162,7 @@ def test_equals_transformers_in_f32(case, tmp_path):
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_bits_depend_on_nothing_but_the_tokens(case, dtype, isa, tmp_path, monkeypatch):
     monkeypatch.setenv("RELUFY_ISA", isa)
-    folder, name = case
+    folder, name = case(dtype)
     path, tokens, prompt = pack(folder, tmp_path / "m", dtype), tokens_of(513, LENGTH), prompt_length_of(name)
     try:
         reference = bits(in_steps(relufy.Engine(path, threads=1), tokens, 1, prompt))

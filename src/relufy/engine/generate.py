@@ -3,14 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
-
-import numpy as np
+from typing import Literal, TypeVar
 
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.sampling import Sampling, sample
 from relufy.engine.tokenizer import ModelTokenizer, TextStream
 from relufy.errors import UserError
+
+STREAM_SECONDS = 0.05
+"""Greedy text is decoded in runs of tokens that take so long, without coming back to Python for each."""
+
+Result = TypeVar("Result")
 
 FinishReason = Literal["length", "stop", "end", "context"]
 """max_new_tokens reached; a stop text was written; the model ended its text; the context is full."""
@@ -116,17 +119,15 @@ class Generation:
 def _write(
     engine: CpuEngine, tokenizer: ModelTokenizer, request: Request, written: _Written
 ) -> Iterator[str]:
-    """Prefill, then decode token by token, yielding text as it becomes certain."""
+    """Prefill, then decode, yielding text as it becomes certain."""
     sequence, clock = engine.new_sequence(len(request.prompt_ids)), _Clock(engine)
     text = _StoppableText(tokenizer.stream(request.prompt_ids), request.stop)
     try:
-        logits = clock.time("prefill", lambda: engine.step([(sequence, request.prompt_ids)]))
-        while True:
-            token = sample(logits[0], engine.length(sequence), request.sampling)
+        for token in _tokens(engine, sequence, request, tuple(tokenizer.eos_ids), clock):
             reason = "end" if token in tokenizer.eos_ids else text.push(token)
             if reason != "end":
                 written.token_ids.append(token)
-            reason = reason or _limit_reached(engine, sequence, request, written)
+            reason = reason or _limit_reached(engine, request, written)
             piece = text.take(is_last=reason is not None)
             written.text += piece
             if reason:
@@ -135,17 +136,37 @@ def _write(
                 yield piece
             if reason:
                 return
-            logits = clock.time("decode", lambda token=token: engine.step([(sequence, [token])]))
     finally:
         engine.free(sequence)
 
 
-def _limit_reached(
-    engine: CpuEngine, sequence: int, request: Request, written: _Written
-) -> FinishReason | None:
+def _tokens(
+    engine: CpuEngine, sequence: int, request: Request, ends: tuple[int, ...], clock: "_Clock"
+) -> Iterator[int]:
+    """Yield the tokens that follow the prompt, until the context is full or the caller has enough."""
+    logits = clock.time("prefill", lambda: engine.step([(sequence, request.prompt_ids)]))
+    token = sample(logits[0], engine.length(sequence), request.sampling)
+    yield token
+    while request.sampling.temperature > 0:
+        logits = clock.time("decode", lambda token=token: engine.step([(sequence, [token])]))
+        token = sample(logits[0], engine.length(sequence), request.sampling)
+        yield token
+    written = 1
+    while True:
+        room = min(engine.context - engine.length(sequence), request.max_new_tokens - written)
+        count = max(1, min(room, clock.tokens_within(STREAM_SECONDS)))
+        chosen = clock.time(
+            "decode", lambda token=token, count=count: engine.decode(sequence, token, count, ends)
+        )
+        yield from chosen
+        token, written = chosen[-1], written + len(chosen)
+
+
+def _limit_reached(engine: CpuEngine, request: Request, written: _Written) -> FinishReason | None:
     if len(written.token_ids) >= request.max_new_tokens:
         return "length"
-    return "context" if engine.length(sequence) >= engine.context else None
+    in_sequence = len(request.prompt_ids) + len(written.token_ids) - 1  # the last is not in it yet
+    return "context" if in_sequence >= engine.context else None
 
 
 class _StoppableText:
@@ -184,13 +205,18 @@ class _Clock:
         self._seconds = {"prefill": 0.0, "decode": 0.0}
         self._before = engine.stats()
 
-    def time(self, phase: Literal["prefill", "decode"], step: Callable[[], np.ndarray]) -> np.ndarray:
+    def tokens_within(self, seconds: float) -> int:
+        """Return how many tokens are decoded in a time, from those decoded so far (1 before any)."""
+        tokens = self._engine.stats()["tokens"] - self._before["tokens"]
+        return int(tokens * seconds / self._seconds["decode"]) if tokens and self._seconds["decode"] else 1
+
+    def time(self, phase: Literal["prefill", "decode"], step: Callable[[], Result]) -> Result:
         start = time.perf_counter()
-        logits = step()
+        result = step()
         self._seconds[phase] += time.perf_counter() - start
         if phase == "prefill":
             self._before = self._engine.stats()
-        return logits
+        return result
 
     def stats(self, prompt_tokens: int, new_tokens: int, reason: FinishReason) -> GenerationStats:
         after = self._engine.stats()

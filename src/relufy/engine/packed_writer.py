@@ -31,7 +31,7 @@ from relufy.engine.packed_file import (
     checksums,
 )
 from relufy.engine.packed_tensors import StoredMatrix
-from relufy.engine.quantize import INTEGER, encode_blocks, row_bytes
+from relufy.engine.quantize import INTEGER, encode_blocks, row_bytes, row_dtype
 from relufy.files import replacing
 
 VECTOR_PADDING = 128
@@ -109,6 +109,7 @@ class PackedFileWriter:
     ) -> None:
         matrices = list(parts.values())
         stored_rows, count = matrices[0].shape
+        dtype = row_dtype(count, dtype)
         stride = row_bytes(count, dtype) * len(matrices)
         self._begin(name, DTYPES.index(dtype), layout, shape[0], shape[1], stride, stride * stored_rows)
         scales: list[list[np.ndarray]] = []

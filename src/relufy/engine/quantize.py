@@ -48,6 +48,14 @@ class Encoded:
     scales: np.ndarray | None = None
 
 
+def row_dtype(count: int, dtype: str) -> str:
+    """Return the type that rows of `count` weights get in a file of some type.
+
+    int4's groups are of 32: other rows are int8 (as llama.cpp keeps them in a wider type too).
+    """
+    return "int8" if dtype == "int4" and count % GROUP else dtype
+
+
 def row_bytes(count: int, dtype: str) -> int:
     """Return the bytes of a stored row of `count` weights, a multiple of 64."""
     chunks = -(-count // CHUNK[dtype])

@@ -12,7 +12,7 @@ from functools import cached_property
 from relufy.engine.packed_file import padded
 from relufy.engine.packed_numbers import SHARES, numbers
 from relufy.engine.packed_writer import VECTOR_PADDING
-from relufy.engine.quantize import CHUNK, GROUPS, INTEGER, LINE, row_bytes
+from relufy.engine.quantize import CHUNK, GROUPS, INTEGER, LINE, row_bytes, row_dtype
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.source_tensors import mask_module
 from relufy.engine.spec import DecoderSpec, LayerSpec
@@ -144,7 +144,7 @@ class _Layer:
         yield LISTS, listed * INDEX_BYTES
 
     def _columns(self, name: str, outputs: int, inputs: int) -> Iterator[tuple[str, float]]:
-        listed, dtype = inputs * self._share(name), self.packing.dtype
+        listed, dtype = inputs * self._share(name), row_dtype(outputs, self.packing.dtype)
         reads_whole_rows = name == "down" and not self._is_corrected(name)
         stored = row_bytes(outputs, dtype) if reads_whole_rows else _part_bytes(outputs, dtype)
         yield KIND[name], listed * (stored + _scale_bytes(dtype))
@@ -179,6 +179,7 @@ def _kv_bytes(spec: DecoderSpec, context: int, packing: Packing) -> float:
 
 def _row_bytes(rows: float, count: int, dtype: str) -> float:
     """Return the bytes of so many stored rows, with their scales."""
+    dtype = row_dtype(count, dtype)
     return rows * (row_bytes(count, dtype) + _scale_bytes(dtype))
 
 
