@@ -82,7 +82,7 @@ class Engine {
 
  private:
   static constexpr size_t kChunk = 32;             // tokens that go through the layers together
-  static constexpr size_t kFirstPositions = 4096;  // that attention has scratch for from the beginning
+  static constexpr size_t kFirstPositions = 1024;  // that attention has scratch for from the beginning
 
   struct Token {
     int32_t id;

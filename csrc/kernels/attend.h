@@ -65,11 +65,22 @@ inline void sum_values(const Attention& a, size_t part, const float* scores, siz
     for (size_t v = 0; v < kVectors; ++v) store(sums[q] + v * kLanes, totals[q][v]);
 }
 
+// A block's values, which are wanted after the scores, and the next block's keys.
+template <Dtype D>
+inline void prefetch_block(const Attention& a, size_t block, size_t num_blocks) {
+  constexpr size_t kElement = D == Dtype::f32 ? 4 : 2;
+  size_t keys = a.head_dim * kKvBlock * kElement, values = kv_width(a.head_dim) * kKvBlock * kElement;
+  for (size_t at = 0; at < values; at += 64) prefetch_far(a.blocks[block] + keys + at);
+  for (size_t at = 0; block + 1 < num_blocks && at < keys; at += 64) prefetch(a.blocks[block + 1] + at);
+}
+
 template <Dtype D, size_t Q>
 inline void attend_tile(const Attention& a, const float* queries, float* scores, float* out) {
   size_t rounded = round_up(a.length, kKvBlock);
-  for (size_t b = 0; b < rounded / kKvBlock; ++b)
+  for (size_t b = 0; b < rounded / kKvBlock; ++b) {
+    prefetch_block<D>(a, b, rounded / kKvBlock);
     score_block<D, Q>(a, queries, a.blocks[b], scores + b * kKvBlock, rounded);
+  }
   float totals[Q];
   for (size_t q = 0; q < Q; ++q) totals[q] = exponentiate(scores + q * rounded, a.length, rounded);
   for (size_t i = 0; i < a.head_dim; i += 16) {

@@ -24,7 +24,8 @@ inline ivec quantised(vec x, float inverse) {
   return round_to_int(select(scaled >= -most, scaled, broadcast(-most)));
 }
 
-inline float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+// Zero for a scale whose inverse would be infinite: so small a vector counts as zero.
+inline float inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
 
 // Stores the lanes' low 16 or 8 bits.
 template <class Narrow>

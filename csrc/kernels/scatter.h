@@ -277,6 +277,8 @@ inline void finish_sums(const Scatter& s, Dtype dtype, size_t t, size_t width, f
   }
 }
 
+constexpr size_t kFirstBytes = 512;  // of the first rows
+
 // As wide as keeps the sums near the processor.
 inline size_t tile_for(size_t width, size_t tokens) {
   size_t most = tokens <= 8 ? kScatterTile : kScatterTile / 4;
@@ -287,6 +289,9 @@ void scatter_integer(const StoredRows& w, size_t first, size_t width, const uint
                      const float* x, size_t x_stride, size_t tokens, void* scratch, float* y,
                      size_t y_stride) {
   Scatter s(scratch, count, tokens, tile_for(width, tokens));
+  for (size_t i = 0; i < count && i < kBatch; ++i)  // on their way while the coefficients are made
+    for (size_t at = 0; at < kFirstBytes && at < part_bytes(w.dtype, width); at += 64)
+      prefetch(w.row(list[i]) + (w.dtype == Dtype::int4 ? first / 2 : first) + at);
   for (size_t t = 0; t < tokens; ++t) quantise_coefficients(s, t, w.scales, list, count, x + t * x_stride);
   for (size_t begin = 0; begin < width; begin += s.tile) {
     size_t part = width - begin < s.tile ? width - begin : s.tile;

@@ -246,6 +246,11 @@ void test_refuses_absurd_sizes(const TinyModel& model) {
   }
 }
 
+void test_refuses_too_many_partitions() {
+  CHECK(!Victim({.name = "sixteen", .neurons = 256}).is_refused());
+  CHECK(Victim({.name = "seventeen", .neurons = 257}).is_refused());
+}
+
 // A context that no memory holds is no harm until it is used.
 void test_context_beyond_memory() {
   Victim victim({.name = "long", .context = size_t{1} << 31});
@@ -269,6 +274,7 @@ int main() {
       if (dtype == Dtype::int4) test_refuses_a_cut_at_every_border(model);
     }
   test_refuses_absurd_sizes(tiny_models(Dtype::int8).front());
+  test_refuses_too_many_partitions();
   test_context_beyond_memory();
   std::filesystem::remove(kPath);
 }

@@ -110,6 +110,15 @@ void test_truncated_into_the_prompt(const TinyModel& model) {
   CHECK(throws<std::invalid_argument>([&] { engine.truncate(id, kTokens + 1); }));
 }
 
+// Longer than attention has room for at first.
+void test_long_sequence() {
+  TinyModel model{.name = "long", .layers = 1, .heads = 2, .context = 1200};
+  save(model);
+  Ids tokens = some_tokens(1100, model.vocab);
+  Engine a(kPath, {.threads = 2}), b(kPath, {});
+  CHECK(same_bits(run(a, a.new_sequence(), tokens, 1100), run(b, b.new_sequence(), tokens, 30)));
+}
+
 void test_kv_dtypes(const TinyModel& model) {
   save(model);
   Ids tokens = some_tokens(kTokens, model.vocab);
@@ -187,6 +196,10 @@ void test_decode(const TinyModel& model) {
   CHECK(engine.length(id) == stopped.size());
   CHECK(engine.decode(id, expected[stopped.size() - 1], 12 - stopped.size(), {}) == Ids(end, expected.end()));
   CHECK(engine.decode(id, 3, 0, {}).empty() && engine.length(id) == 12);
+
+  Engine small(kPath, {.context = 2 * kKvBlock});  // a stop gives back what was reserved
+  CHECK(small.decode(small.new_sequence(1), 3, 2 * kKvBlock, {&expected[0], 1}).size() == 1);
+  CHECK(small.decode(small.new_sequence(), 3, kKvBlock, {}).size() == kKvBlock);
 }
 
 void test_counts_and_options() {
@@ -235,6 +248,7 @@ int main() {
       test_decode(model);
     }
   test_kv_dtypes(tiny_models(Dtype::f32).front());
+  test_long_sequence();
   test_refuses_before_anything_changes();
   test_counts_and_options();
   std::remove(kPath.c_str());
