@@ -80,7 +80,7 @@ WIDTHS = {
     "llama": {"hidden_size": 96, "intermediate_size": 160},
     "opt": {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 160},
 }
-"""Rows of int4 are in groups of 32; other rows of such a file are int8, so that sizes like 68 would test none."""
+"""Rows of int4 are in groups of 32; other rows of such a file are int8: sizes like 68 would test none."""
 
 
 def make_case(make_checkpoint, family: str, name: str, dtype: str = "f32", **config):
