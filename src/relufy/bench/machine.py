@@ -19,7 +19,7 @@ STOLEN_SHARE = 0.02
 def machine_facts() -> dict[str, Any]:
     """Return processor, cores, caches, memory and system."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": usable_cores(),
         "caches": _caches(),
         "last_level_cache_bytes": last_level_cache_bytes(),
@@ -29,10 +29,10 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Collection[str] = PACKAGES) -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed and matter."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -104,7 +104,8 @@ def _load() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

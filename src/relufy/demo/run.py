@@ -5,8 +5,9 @@ import shutil
 import time
 from pathlib import Path
 
+from relufy.bench.machine import last_level_cache_bytes
 from relufy.demo import commands
-from relufy.demo.machine import cache_bytes, machine_facts
+from relufy.demo.machine import machine_facts
 from relufy.demo.options import STAGES, DemoOptions
 from relufy.demo.result import DemoResult, Variant
 from relufy.demo.watch import Silent, Watch
@@ -64,7 +65,7 @@ def _run(options: DemoOptions, folder: Path, watch: Watch) -> DemoResult:
     result = DemoResult(about, windows.about, variants, options.prompt, steps, machine_facts())
     dense_cost = variants[0].cost
     assert dense_cost is not None
-    result.fits_in_cache = dense_cost.bytes_engine < (cache_bytes() or 0)
+    result.fits_in_cache = dense_cost.bytes_engine < (last_level_cache_bytes() or 0)
     return result
 
 

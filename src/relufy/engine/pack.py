@@ -97,6 +97,20 @@ def _metadata(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_bundled(spec: DecoderSpec, layer: int, for_: str) -> bool:
+    """Tell whether up and down of a layer lie side by side; a correction needs products of whole matrices."""
+    found = spec.layers[layer]
+    is_corrected = any(site in found.masks and found.masks[site].correction for site in ("up", "down"))
+    return for_ == "exact" and spec.family.is_gated and found.has_sparse_neurons and not is_corrected
+
+
+def is_by_input(spec: DecoderSpec, layer: int, name: str, for_: str) -> bool:
+    """Tell whether a matrix outside a bundle is stored by input: whether that may have zeros."""
+    found = spec.layers[layer]
+    is_neuron = name == "down" and not spec.family.is_gated and found.has_sparse_neurons
+    return for_ == "exact" and (name in found.masks or is_neuron)
+
+
 @dataclass(frozen=True)
 class _Step:
     """One thing to write, and how many tensors of the file it makes."""
@@ -140,12 +154,12 @@ class _Packer:
 
     def _layer(self, layer: int) -> Iterator[_Step]:
         module = partial(self.spec.family.module, layer=layer)
-        prefix, is_bundled = f"layers.{layer}.", self._is_bundled(layer)
+        prefix, has_bundle = f"layers.{layer}.", is_bundled(self.spec, layer, self.for_)
         yield from self._norm(prefix + "attention_norm", module("attention_norm"))
         for name in self.spec.matrix_shapes():
             if name == ("gate" if self.spec.family.is_gated else "up"):
                 yield from self._norm(prefix + "mlp_norm", module("mlp_norm"))
-            if not is_bundled or name not in ("up", "down"):
+            if not has_bundle or name not in ("up", "down"):
                 yield self._matrix(layer, name)
             elif name == "up":
                 yield self._bundle(layer)
@@ -154,18 +168,6 @@ class _Packer:
                 yield _Step(partial(self._write_bias, layer=layer, name=name))
         for site in self.spec.layers[layer].masks:
             yield from self._mask(layer, site)
-
-    def _is_bundled(self, layer: int) -> bool:
-        """Tell whether up and down lie side by side; a correction needs products of whole matrices."""
-        found = self.spec.layers[layer]
-        is_corrected = any(site in found.masks and found.masks[site].correction for site in ("up", "down"))
-        is_gated = self.spec.family.is_gated
-        return self.for_ == "exact" and is_gated and found.has_sparse_neurons and not is_corrected
-
-    def _has_sparse_input(self, layer: int, name: str) -> bool:
-        found = self.spec.layers[layer]
-        is_neuron = name == "down" and not self.spec.family.is_gated and found.has_sparse_neurons
-        return self.for_ == "exact" and (name in found.masks or is_neuron)
 
     def _has_centre(self, layer: int, name: str) -> bool:
         mask = self.spec.layers[layer].masks.get(name)
@@ -186,7 +188,7 @@ class _Packer:
 
     def _matrix(self, layer: int, name: str) -> _Step:
         source = self.spec.family.module(name, layer) + ".weight"
-        has_sparse_input = self._has_sparse_input(layer, name)
+        has_sparse_input = is_by_input(self.spec, layer, name, self.for_)
 
         def write(writer: PackedFileWriter) -> None:
             add = writer.add_columns if has_sparse_input else writer.add_rows

@@ -7,8 +7,8 @@ count, there and here.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
+from relufy.engine.pack import is_bundled, is_by_input
 from relufy.engine.packed_file import padded
 from relufy.engine.packed_numbers import SHARES, numbers
 from relufy.engine.packed_writer import VECTOR_PADDING
@@ -127,9 +127,9 @@ class _Layer:
     def amounts(self) -> Iterator[tuple[str, float]]:
         """Yield kinds of bytes and how many."""
         for name, (outputs, inputs) in self.spec.matrix_shapes().items():
-            if self._is_bundled and name in ("up", "down"):
+            if name in ("up", "down") and is_bundled(self.spec, self.index, self.packing.for_):
                 yield from self._neurons(name)
-            elif self._is_by_input(name):
+            elif is_by_input(self.spec, self.index, name, self.packing.for_):
                 yield from self._columns(name, outputs, inputs)
             else:
                 yield KIND[name], _row_bytes(outputs, inputs, self.packing.dtype)
@@ -158,16 +158,6 @@ class _Layer:
     def _is_corrected(self, name: str) -> bool:
         mask = self.layer.masks.get(name)
         return mask is not None and mask.correction is not None
-
-    @cached_property
-    def _is_bundled(self) -> bool:
-        is_corrected = self._is_corrected("up") or self._is_corrected("down")
-        can_skip = self.spec.family.is_gated and self.layer.has_sparse_neurons
-        return self.packing.for_ == "exact" and can_skip and not is_corrected
-
-    def _is_by_input(self, name: str) -> bool:
-        is_neuron = name == "down" and not self.spec.family.is_gated and self.layer.has_sparse_neurons
-        return self.packing.for_ == "exact" and (name in self.layer.masks or is_neuron)
 
 
 def _kv_bytes(spec: DecoderSpec, context: int, packing: Packing) -> float:
