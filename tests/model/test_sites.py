@@ -84,6 +84,18 @@ def test_sites_are_the_same_on_the_meta_device(name: str) -> None:
         }
 
 
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("llama", ["q", "k", "v", "o", "gate", "up", "down"]),
+        ("phi3", ["q k v", "o", "gate up", "down"]),
+        ("gpt2", ["q k v", "o", "up", "down"]),
+    ],
+)
+def test_groups_are_the_sites_that_one_projection_serves(name: str, groups: list[str]) -> None:
+    assert find_sites(families.family(name))[0].groups() == [tuple(group.split()) for group in groups]
+
+
 def test_shared_inputs_of_a_parallel_block_are_one() -> None:
     (shared,) = find_sites(families.family("falcon"))[0].shared_inputs()
     assert shared[1] == ("q", "k", "v", "up")

@@ -89,6 +89,16 @@ class BlockSites:
         pairs = ((site, getattr(self, site)) for site in ("q", "k", "v", "o", "gate", "up", "down"))
         return {site: projection for site, projection in pairs if projection is not None}
 
+    def groups(self) -> list[tuple[str, ...]]:
+        """Return the sites by the projection that serves them: one tuple for each, in the order of the sites.
+
+        Sites that a fused projection serves can only have one mask.
+        """
+        served: dict[str, tuple[str, ...]] = {}
+        for site, projection in self.projections().items():
+            served[projection.name] = (*served.get(projection.name, ()), site)
+        return list(served.values())
+
     def shared_inputs(self) -> list[tuple[NamedModule | None, tuple[str, ...]]]:
         """Return each input that projections share, as (the norm that makes it, the sites that read it).
 
