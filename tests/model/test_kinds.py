@@ -20,15 +20,15 @@ EXPERTS, RECURRENT, LATENTS = "mixture of experts", "recurrent mixer", "latent a
 OTHERS: dict[str, tuple[Callable[[], hf.PretrainedConfig], dict[str, str]]] = {
     "mixtral": (
         lambda: hf.MixtralConfig(**LLAMA, num_local_experts=5, num_experts_per_tok=2),
-        {EXPERTS: "5 experts, 2 per token, in model.layers.0.mlp.experts and 1 other block"},
+        {EXPERTS: "5 experts, 2 per token, in 2 of 2 blocks: model.layers.0.mlp.experts"},
     ),
     "qwen2_moe": (
         lambda: hf.Qwen2MoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=3, decoder_sparse_step=2),
-        {EXPERTS: "4 experts, 3 per token, in model.layers.1.mlp.experts"},
+        {EXPERTS: "4 experts, 3 per token, in 1 of 2 blocks: model.layers.1.mlp.experts"},
     ),
     "qwen3_moe": (
         lambda: hf.Qwen3MoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=3),
-        {EXPERTS: "4 experts, 3 per token, in model.layers.0.mlp.experts and 1 other block"},
+        {EXPERTS: "4 experts, 3 per token, in 2 of 2 blocks: model.layers.0.mlp.experts"},
     ),
     "deepseek_v3": (
         lambda: hf.DeepseekV3Config(
@@ -40,48 +40,50 @@ OTHERS: dict[str, tuple[Callable[[], hf.PretrainedConfig], dict[str, str]]] = {
             first_k_dense_replace=1,
         ),
         {
-            EXPERTS: "4 experts, 2 per token, in model.layers.1.mlp.experts",
-            LATENTS: "DeepseekV3Attention in model.layers.0.self_attn and 1 other block",
+            EXPERTS: "4 experts, 2 per token, in 1 of 2 blocks: model.layers.1.mlp.experts",
+            LATENTS: "DeepseekV3Attention in 2 of 2 blocks: model.layers.0.self_attn",
         },
     ),
     "gpt_oss": (
         lambda: hf.GptOssConfig(**families.LLAMA_LIKE, num_local_experts=6, num_experts_per_tok=2),
-        {EXPERTS: "6 experts, 2 per token, in model.layers.0.mlp.experts and 1 other block"},
+        {EXPERTS: "6 experts, 2 per token, in 2 of 2 blocks: model.layers.0.mlp.experts"},
     ),
     "minicpm3": (
         lambda: hf.MiniCPM3Config(**(LLAMA | LATENT | {"num_key_value_heads": 3})),
-        {LATENTS: "MiniCPM3Attention in model.layers.0.self_attn and 1 other block"},
+        {LATENTS: "MiniCPM3Attention in 2 of 2 blocks: model.layers.0.self_attn"},
     ),
     "mamba": (
         lambda: hf.MambaConfig(**SMALL),
-        {RECURRENT: "MambaMixer in backbone.layers.0.mixer and 1 other block"},
+        {RECURRENT: "MambaMixer in 2 of 2 blocks: backbone.layers.0.mixer"},
     ),
     "mamba2": (
         lambda: hf.Mamba2Config(**SMALL, num_heads=6, head_dim=8),
-        {RECURRENT: "Mamba2Mixer in backbone.layers.0.mixer and 1 other block"},
+        {RECURRENT: "Mamba2Mixer in 2 of 2 blocks: backbone.layers.0.mixer"},
     ),
     "rwkv": (
         lambda: hf.RwkvConfig(**SMALL),
-        {RECURRENT: "RwkvSelfAttention in rwkv.blocks.0.attention and 1 other block"},
+        {RECURRENT: "RwkvSelfAttention in 2 of 2 blocks: rwkv.blocks.0.attention"},
     ),
     "recurrent_gemma": (
         lambda: hf.RecurrentGemmaConfig(**(LLAMA | {"num_hidden_layers": 3})),
-        {RECURRENT: "RecurrentGemmaRecurrentBlock in model.layers.0.temporal_block and 1 other block"},
+        {RECURRENT: "RecurrentGemmaRecurrentBlock in 2 of 3 blocks: model.layers.0.temporal_block"},
     ),
     "jamba": (
         lambda: hf.JambaConfig(**LLAMA, num_experts=4, attn_layer_period=2, attn_layer_offset=1),
         {
-            EXPERTS: "4 experts, 2 per token, in model.layers.1.feed_forward.experts",
-            RECURRENT: "JambaMambaMixer in model.layers.0.mamba",
+            EXPERTS: "4 experts, 2 per token, in 1 of 2 blocks: model.layers.1.feed_forward.experts",
+            RECURRENT: "JambaMambaMixer in 1 of 2 blocks: model.layers.0.mamba",
         },
     ),
     "lfm2": (
         lambda: hf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]),
-        {RECURRENT: "Lfm2ShortConv in model.layers.0.conv"},
+        {RECURRENT: "Lfm2ShortConv in 1 of 2 blocks: model.layers.0.conv"},
     ),
     "bart": (
-        lambda: hf.BartConfig(vocab_size=53, d_model=24, decoder_layers=2, decoder_attention_heads=3),
-        {"cross-attention": "BartAttention in model.decoder.layers.0.encoder_attn and 1 other block"},
+        lambda: hf.BartConfig(
+            vocab_size=53, d_model=24, encoder_layers=2, decoder_layers=2, decoder_attention_heads=3
+        ),
+        {"cross-attention": "BartAttention in 2 of 2 blocks: model.decoder.layers.0.encoder_attn"},
     ),
 }
 
@@ -122,6 +124,6 @@ def test_more_than_a_decoder_of_text_is_refused() -> None:
         find_blocks(model)
 
 
-def test_the_block_number_is_taken_out_of_a_name() -> None:
-    assert pattern_of("model.layers.12.mlp.experts.3.up") == "model.layers.*.mlp.experts.3.up"
+def test_numbers_are_taken_out_of_a_name() -> None:
+    assert pattern_of("model.layers.12.mlp.experts.3") == "model.layers.*.mlp.experts.*"
     assert pattern_of("lm_head") == "lm_head"

@@ -20,8 +20,10 @@ def command(model: Model, output: OutputFolder, recipe: RecipeName, assign: Assi
 
     from relufy.methods.sparsify import sparsify
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+    from relufy.model.site_table import refuse_without_sites
 
     quiet_libraries()
+    refuse_without_sites(folder)
     sparse = sparsify(load_model(folder), chosen)
     save_checkpoint(sparse, load_tokenizer(folder), output)
     result(f"{output}: {chosen.name}, not fine-tuned yet")

@@ -30,34 +30,43 @@ class Kind:
     word: str
     """One of "mixture of experts", "recurrent mixer", "latent attention" and "cross-attention"."""
     details: str
-    """What they are, and where the first one is."""
+    """What they are, in how many blocks, and where the first one is."""
     modules: tuple[str, ...]
     """Dotted names of them all."""
 
 
-def other_kinds(model: nn.Module, within: str = "") -> list[Kind]:
-    """Return what blocks have beside, or instead of, one attention and one MLP each.
-
-    `within` is the dotted name of the list of blocks; without it, every list of modules is looked through.
-    """
-    parts = [
-        (name, part)
-        for name, part in model.named_modules()
-        if name.startswith(within) and re.search(r"\.\d+\.", name.removeprefix(within))
-    ]
+def other_kinds(model: nn.Module) -> list[Kind]:
+    """Return what blocks have beside, or instead of, one attention and one MLP each."""
+    lists = block_lists(model)
+    within, total = (lists[0][0], len(lists[0][1])) if len(lists) == 1 else ("", None)
+    parts = [(name, part) for name, part in model.named_modules() if name.startswith(within)]
+    parts = [(name, part) for name, part in parts if re.search(r"\.\d+\.", name.removeprefix(within))]
     found = [(word, _outermost(n for n, part in parts if has(n, part))) for word, has in _KINDS.items()]
-    return [Kind(word, _details(model, word, names), tuple(names)) for word, names in found if names]
+    return [Kind(word, _details(model, word, names, total), tuple(names)) for word, names in found if names]
+
+
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists that have as many modules as the model has layers, without those in others."""
+    count = num_layers(model)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    found = [(name, m) for name, m in lists if count and len(m) == count]
+    return [(name, m) for name, m in found if not any(name.startswith(f"{other}.") for other, _ in found)]
+
+
+def num_layers(model: nn.Module) -> int | None:
+    """Return the number of layers that the configuration has, None if it has no such number."""
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
 
 def pattern_of(name: str) -> str:
-    """Return a module's dotted name with `*` for the number of its block."""
-    return re.sub(r"\.\d+(\.|$)", r".*\1", name, count=1)
+    """Return a module's dotted name with `*` for the numbers in it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _details(model: nn.Module, word: str, names: Sequence[str]) -> str:
+def _details(model: nn.Module, word: str, names: Sequence[str], total: int | None) -> str:
     first = model.get_submodule(names[0])
-    others = len({_block_of(name) for name in names}) - 1
-    where = f"in {names[0]}" + (f" and {others} other block{'s' * (others > 1)}" if others else "")
+    blocks = len({_block_of(name) for name in names})
+    where = f"in {blocks}{f' of {total}' if total else ''} block{'s' * ((total or blocks) > 1)}: {names[0]}"
     if word != "mixture of experts":
         return f"{type(first).__name__} {where}"
     per_token = _experts_per_token(getattr(model, "config", None))

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from relufy.errors import UserError
-from relufy.model.kinds import other_kinds
+from relufy.model.kinds import block_lists, num_layers, other_kinds
 
 MLP_SHAPES: tuple[tuple[str | None, str, str], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -133,27 +133,27 @@ def stack_name(blocks: Sequence[BlockSites]) -> str:
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    found = [(name, m) for name, m in lists if count and len(m) == count]
-    outer = [(name, m) for name, m in found if not any(name.startswith(f"{other}.") for other, _ in found)]
-    _refuse_other_kinds(model, outer[0][0] if len(outer) == 1 else "")
-    if len(outer) != 1:
+    _refuse_other_kinds(model)
+    found = block_lists(model)
+    if len(found) != 1:
+        lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         sizes = ", ".join(f"{name} ({len(m)})" for name, m in lists[:6]) or "none"
         raise UserError(
             f"{type(model).__name__} is not a decoder that relufy knows: looked for one list of "
-            f"num_hidden_layers = {count} blocks, found the lists: {sizes}"
+            f"num_hidden_layers = {num_layers(model)} blocks, found the lists: {sizes}"
         )
-    return outer[0]
+    return found[0]
 
 
-def _refuse_other_kinds(model: nn.Module, within: str) -> None:
+def _refuse_other_kinds(model: nn.Module) -> None:
     name, config = type(model).__name__, getattr(model, "config", None)
     if isinstance(config, PretrainedConfig) and config.get_text_config() is not config:
         raise UserError(f"{name} is more than a decoder of text, and only such can be made sparse so far")
-    if kinds := other_kinds(model, within):
+    if kinds := other_kinds(model):
         found = "; ".join(f"{kind.word} ({kind.details})" for kind in kinds)
-        raise UserError(f"{name} is no dense decoder, and only such can be made sparse so far: {found}")
+        raise UserError(
+            f"{name} is no dense decoder, and only such can be made sparse so far; it has {found}"
+        )
 
 
 def _recognise(model: nn.Module, name: str, index: int, block: nn.Module) -> BlockSites:
