@@ -20,7 +20,7 @@ def command(model: Model, output: OutputFolder, recipe: RecipeName, assign: Assi
 
     from relufy.methods.sparsify import sparsify
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
-    from relufy.model.site_table import refuse_without_sites
+    from relufy.model.empty import refuse_without_sites
 
     quiet_libraries()
     refuse_without_sites(folder)

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relufy.errors import UserError
 from relufy.hub import config_folder, read_config
-from relufy.model.activations import Placeholder
 from relufy.model.configuration import refuse_quantized
+from relufy.model.empty import build_empty
 from relufy.model.kinds import other_kinds, pattern_of
-from relufy.model.plugin import register
 from relufy.model.sites import find_sites
-from relufy.model.structure import BlockSites, Projection, find_blocks, norms_of
+from relufy.model.structure import BlockSites, Projection, norms_of
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 FUSED_NOTES = {
@@ -125,34 +124,6 @@ def site_table(model: str | Path) -> SiteTable:
         parts=_parts(empty, sum(row.parameters for row in rows), count),
         notes=(*_notes(blocks), *_quantised_note(config, dtype)),
     )
-
-
-def refuse_without_sites(folder: Path) -> None:
-    """Raise UserError if a checkpoint's configuration alone tells that its model has no sites."""
-    try:
-        empty = build_empty(folder)
-    except UserError:
-        return  # loading the model says better what is wrong
-    find_blocks(empty)
-
-
-def build_empty(folder: Path) -> PreTrainedModel:
-    """Return the model of a config.json on the meta device, in eval mode, its activations able to run.
-
-    Raises UserError if transformers cannot build it.
-    """
-    register()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a configuration can break its model anywhere
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"transformers cannot build the model of {folder}: {reason}") from error
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Placeholder):
-            model.set_submodule(name, nn.ReLU())
-    return model.eval()
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
