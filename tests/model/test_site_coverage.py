@@ -1,6 +1,7 @@
 """Every dense decoder of transformers within reach: its sites cover the blocks' linear weights, each once."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import families
+from relufy.activation_sparsity import ActivationSparsity, Sparsifier
+from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.model.sites import find_sites
+from relufy.model.sparsifiers import apply_sparsity
 from relufy.model.structure import BlockSites
 
 SEPARATE, FUSED_QKV = "q k v o gate up down", "q+k+v o gate+up down"
@@ -90,6 +94,10 @@ def empty_model(name: str) -> PreTrainedModel:
         return hf.AutoModelForCausalLM.from_config(ALL[name]()).eval()
 
 
+NATIVELY_SPARSE = ("arcee", "bitnet", "jais2", "nanochat", "persimmon")
+"""Their activation's zeros stay, so a recipe has to name them too."""
+
+
 def described(block: BlockSites) -> tuple[str, tuple[str | None, ...]]:
     norms = tuple(
         norm and norm.name.removeprefix(f"{block.name}.") for norm in (block.attention_norm, block.mlp_norm)
@@ -155,3 +163,17 @@ def test_norms_and_projections_are_where_the_numbers_flow(name: str) -> None:
         for norm, readers in block.shared_inputs():
             for site in readers if norm else ():
                 assert torch.equal(inputs[block.projections()[site].name], outputs[norm.name])
+
+
+@pytest.mark.parametrize("name", [n for n in families.MORE_FAMILIES if n not in (*NATIVELY_SPARSE, "emu3")])
+def test_every_projection_can_have_a_mask_that_is_saved_with_the_model(name: str, tmp_path: Path) -> None:
+    model, tokens = families.build(ALL[name]()), torch.tensor([[3, 4, 5]])
+    dense = model(tokens).logits
+    groups = find_sites(model)[0].groups()
+    apply_sparsity(
+        model, ActivationSparsity(tuple(Sparsifier(group, "threshold", threshold=0.1) for group in groups))
+    )
+    sparse = model(tokens).logits
+    assert not torch.equal(sparse, dense)
+    save_checkpoint(model, None, tmp_path / "sparse")
+    assert torch.equal(load_model(tmp_path / "sparse")(tokens).logits, sparse)
