@@ -20,9 +20,9 @@ from transformers import (
 
 import relufy
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
+from relufy.method import Relufication
 from relufy.model.sites import find_sites
 from relufy.model.sparsifiers import apply_sparsity, sparsity_tensors
-from relufy.recipe import Relufication
 
 from .engine.configurations import CONFIGS
 

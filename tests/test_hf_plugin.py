@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 import families
 import relufy.hf_plugin
 from relufy.errors import UserError
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import save_checkpoint
-from relufy.recipe import Relufication
 
 IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
 

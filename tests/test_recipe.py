@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relufy.errors import UserError
-from relufy.recipe import Finetune, Recipe, Relufication, load_recipe, recipe_from_mapping, shipped_recipes
+from relufy.method import Relufication
+from relufy.recipe import Finetune, Recipe, load_recipe, recipe_from_mapping, shipped_recipes
 
 RECIPES = st.builds(
     Recipe,

@@ -12,9 +12,18 @@ import pytest
 from conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "relufy"
-BASE = {"recipe", "activation_sparsity", "schema", "text", "files", "errors", "hub", "recipes", "assets"} | {
-    "plot_style"
-}
+BASE = {
+    "recipe",
+    "method",
+    "activation_sparsity",
+    "schema",
+    "text",
+    "files",
+    "errors",
+    "hub",
+    "recipes",
+    "assets",
+} | {"plot_style"}
 WINGS_BELOW = {
     "cli": {"demo", "serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},

@@ -1,32 +1,21 @@
 """What to do to a model, as versioned data: YAML files <-> frozen dataclasses. Knows no torch.
 
-A recipe has two parts. `sparsify` says which zeros to make (its type is what `relufy.sparsify` dispatches
-on); `finetune` says how to recover the quality. Recipes shipped with relufy live in `relufy/recipes/*.yaml`.
+A recipe has three parts. `sparsify` says which zeros to make (method.py), `calibrate` which text to look at
+for it, `finetune` how to recover the quality. Recipes shipped with relufy live in `relufy/recipes/*.yaml`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from relufy.errors import UserError
+from relufy.method import METHODS, Calibration, method_name
 from relufy.schema import from_mapping, suggest, to_mapping
 
 RECIPE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Relufication:
-    """ReLU Strikes Back (arXiv 2310.04564), sections 4 and 5.
-
-    Stage 1 swaps the MLP's activation for `relu(x - shift)`. Stage 2 also puts a ReLU on the shared input of
-    q, k, v and on the shared input of gate and up, after those norms.
-    """
-
-    stage: Literal[1, 2] = 1
-    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,17 +70,14 @@ class Finetune:
         return self.distill > 0 or self.match_hidden > 0
 
 
-METHODS: dict[str, type] = {"relufication": Relufication}
-"""Sparsification methods by the name they have in YAML. The value's type is the dispatch key."""
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """A method (or None: a dense control) and a fine-tune."""
+    """A method (or None: a dense control), the text that it is calibrated on, and a fine-tune."""
 
     name: str
     description: str = ""
     sparsify: Any = None
+    calibrate: Calibration = field(default_factory=Calibration)
     finetune: Finetune = field(default_factory=Finetune)
     version: int = RECIPE_VERSION
 
@@ -127,8 +113,7 @@ class Recipe:
         """Return plain data that `recipe_from_mapping` reads back to an equal recipe."""
         data = to_mapping(replace(self, sparsify=None))
         if self.sparsify is not None:
-            (method,) = [name for name, cls in METHODS.items() if isinstance(self.sparsify, cls)]
-            data["sparsify"] = {"method": method} | to_mapping(self.sparsify)
+            data["sparsify"] = {"method": method_name(self.sparsify)} | to_mapping(self.sparsify)
         return data
 
     def to_yaml(self) -> str:

@@ -47,6 +47,14 @@ def token_windows(text: str, encode: Encode, length: int, bos: int | None) -> np
     return windows if bos is None else np.insert(windows, 0, bos, axis=1)
 
 
+def draw_windows(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return at most `count` of the windows, drawn without replacement, in their order."""
+    if len(windows) <= count:
+        return windows
+    drawn = np.random.default_rng(seed).choice(len(windows), count, replace=False)
+    return windows[np.sort(drawn)]
+
+
 def check_windows(windows: np.ndarray, vocab_size: int) -> None:
     """Raise UserError unless `windows` is whole numbers `[windows, length]` within this vocabulary."""
     if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer):

@@ -10,8 +10,8 @@ import torch
 from families import family
 from relufy.errors import UserError
 from relufy.measure.quality import fidelity, paired_difference, perplexity
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
-from relufy.recipe import Relufication
 
 VOCAB = 53
 

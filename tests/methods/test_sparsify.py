@@ -8,9 +8,10 @@ import torch
 import families
 from relufy.activation_sparsity import Sparsifier
 from relufy.errors import UserError
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.configuration import sparsity_of
-from relufy.recipe import Recipe, Relufication, load_recipe
+from relufy.recipe import Recipe, load_recipe
 
 IDS = torch.tensor([[3, 4, 5, 50, 7]])
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 import families
 from relufy.errors import UserError
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
-from relufy.recipe import Relufication
 
 IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
 

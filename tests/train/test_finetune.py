@@ -11,8 +11,9 @@ import torch
 from families import family
 from relufy.errors import UserError
 from relufy.measure.quality import fidelity, perplexity
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
-from relufy.recipe import Finetune, Relufication
+from relufy.recipe import Finetune
 from relufy.train.finetune import (
     checkpoint_folder,
     finetune,

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from families import family
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
-from relufy.recipe import Finetune, Relufication
+from relufy.recipe import Finetune
 from relufy.train.losses import hidden_mismatch, loss_terms
 
 

@@ -10,8 +10,8 @@ import transformers as hf
 
 from families import FAMILIES, LLAMA_LIKE, build, family
 from relufy.errors import UserError
+from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
-from relufy.recipe import Relufication
 from relufy.train import selftext
 from relufy.train.selftext import overlap, write_windows
 

@@ -6,17 +6,15 @@ Stage 2: `h = x + Attn(relu(Norm1(x)))`, `y = h + FFN(relu(Norm2(h)))`; where on
 as in Falcon, one ReLU does.
 """
 
-from collections.abc import Sequence
-
 from relufy.activation_sparsity import Sparsifier
-from relufy.model.structure import BlockSites
-from relufy.recipe import Relufication
+from relufy.method import Relufication
+from relufy.methods.setting import Found, Setting
 
 
-def relufication(method: Relufication, blocks: Sequence[BlockSites]) -> tuple[Sparsifier, ...]:
-    """Return the sparsifiers of a relufied model with these blocks."""
+def relufication(method: Relufication, setting: Setting) -> Found:
+    """Return the sparsifiers of a relufied model."""
     stage1 = (Sparsifier(("neuron",), "relu", shift=method.shift),)
     if method.stage == 1:
-        return stage1
-    mlp_inputs = ("gate", "up") if blocks[0].gate else ("up",)
-    return (*stage1, Sparsifier(("q", "k", "v"), "relu"), Sparsifier(mlp_inputs, "relu"))
+        return Found(stage1)
+    mlp_inputs = ("gate", "up") if setting.is_gated else ("up",)
+    return Found((*stage1, Sparsifier(("q", "k", "v"), "relu"), Sparsifier(mlp_inputs, "relu")))

@@ -1,50 +1,133 @@
 """The one verb: make a model activation-sparse as a recipe says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
-from relufy.methods.relufication import relufication
-from relufy.model.configuration import sparsity_of
+from relufy.method import METHODS, Relufication, Selecting, method_name
+from relufy.methods.setting import Found, Progress, Setting, no_progress
+from relufy.model.configuration import refuse_quantized, sparsity_of
+from relufy.model.places import Place, find_places
 from relufy.model.provenance import base_provenance
 from relufy.model.sites import find_sites
 from relufy.model.sparsifiers import apply_sparsity
-from relufy.model.structure import BlockSites
-from relufy.recipe import METHODS, Recipe, Relufication, load_recipe
-
-_SPARSIFIERS: dict[type, Callable[[Any, Sequence[BlockSites]], tuple[Sparsifier, ...]]] = {
-    Relufication: relufication
-}
+from relufy.recipe import Recipe, load_recipe
+from relufy.text import check_windows, draw_windows
 
 
-def sparsify(model: PreTrainedModel, recipe: Recipe | Relufication | str | Path) -> PreTrainedModel:
+def sparsify(
+    model: PreTrainedModel,
+    recipe: "Recipe | Relufication | Selecting | str | Path",
+    windows: np.ndarray | None = None,
+    progress: Progress = no_progress,
+) -> PreTrainedModel:
     """Make the zeros that a recipe asks for, in place, without any training; return the model.
 
-    `recipe` is a recipe, a method's parameters, the name of a shipped recipe or a YAML file. Raises UserError
-    for a recipe without a method, a model of unknown shape, and zeros that this model cannot have.
+    `recipe` is a recipe, a method's parameters, the name of a shipped recipe or a YAML file. `windows`, int64
+    `[windows, length]` as `relufy.text.read_windows` returns them, are what a method is calibrated on; as
+    many are drawn as the recipe says. Raises UserError for a recipe without a method, missing text, a model
+    of unknown shape or with masks already, and zeros that this model cannot have.
     """
-    chosen = _as_recipe(recipe)
+    chosen = as_recipe(recipe)
     if chosen.sparsify is None:
         raise UserError(
             f"the recipe {chosen.name!r} has no 'sparsify' part, so it makes no zeros; "
             "fine-tune with it, or pick another (`relufy recipes` lists them)"
         )
-    sparsifiers = _SPARSIFIERS[type(chosen.sparsify)](chosen.sparsify, find_sites(model))
-    sparsity = ActivationSparsity(sparsifiers, recipe=chosen.to_mapping())
-    provenance = sparsity_of(model).provenance or base_provenance(model)
-    return apply_sparsity(model, replace(sparsity, provenance=provenance))
+    setting = make_setting(model, chosen, windows, progress)
+    return install(setting, chosen, find(chosen.sparsify, setting))
 
 
-def _as_recipe(recipe: Recipe | Relufication | str | Path) -> Recipe:
+def make_setting(
+    model: PreTrainedModel, recipe: Recipe, windows: np.ndarray | None, progress: Progress = no_progress
+) -> Setting:
+    """Return what the recipe's method works with. Raises UserError if the model or the text is unfit."""
+    refuse_quantized(model.config.to_dict(), type(model).__name__)
+    if isinstance(recipe.sparsify, Selecting):
+        _refuse_masks(model)
+    if windows is not None:
+        check_windows(windows, model.config.vocab_size)
+        count = max(1, recipe.calibrate.tokens // windows.shape[1])
+        windows = draw_windows(windows, count, recipe.calibrate.seed)
+    return Setting(model, find_sites(model), windows, recipe.calibrate, progress)
+
+
+def find(method: Any, setting: Setting) -> Found:
+    """Return what a method finds for a model; the model stays as it is. The type of `method` decides.
+
+    The method of a name is the function of that name in the module of that name.
+    """
+    name = method_name(method)
+    function: Callable[[Any, Setting], Found] = getattr(import_module(f"relufy.methods.{name}"), name)
+    found = function(method, setting)
+    if not isinstance(method, Selecting):
+        return found
+    return replace(found, sparsifiers=tuple(_with_phase(method, s) for s in found.sparsifiers))
+
+
+def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
+    """Put what a method found on the model, beside the activations with zeros that it has; return it."""
+    present = sparsity_of(setting.model)
+    sparsifiers = (*_kept(present.sparsifiers, found.sparsifiers), *found.sparsifiers)
+    sparsity = ActivationSparsity(sparsifiers, recipe=recipe.to_mapping())
+    provenance = present.provenance or base_provenance(setting.model)
+    if setting.windows is not None:
+        provenance = provenance | {"calibration_tokens": int(setting.windows.size)}
+    tensors = _named(find_places(setting.blocks, sparsity), found.tensors)
+    return apply_sparsity(setting.model, replace(sparsity, provenance=provenance), tensors)
+
+
+def as_recipe(recipe: "Recipe | Relufication | Selecting | str | Path") -> Recipe:
+    """Return the recipe that is meant. Raises UserError."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str | Path):
         return load_recipe(recipe)
     if type(recipe) in METHODS.values():
-        return Recipe(name=f"{type(recipe).__name__.lower()}", sparsify=recipe)
+        return Recipe(name=method_name(recipe), sparsify=recipe)
     raise UserError(f"expected a recipe, its name or its file, found {type(recipe).__name__}")
+
+
+def _refuse_masks(model: PreTrainedModel) -> None:
+    for sparsifier in sparsity_of(model).sparsifiers:
+        if sparsifier.is_selection:
+            raise UserError(
+                f"the model has masks already ({sparsifier.function} at {' '.join(sparsifier.sites)}); start "
+                "from the model that they were calibrated on"
+            )
+
+
+def _with_phase(method: Selecting, sparsifier: Sparsifier) -> Sparsifier:
+    if not sparsifier.is_selection:
+        return sparsifier
+    return replace(sparsifier, phase=method.phase, dense_first_tokens=method.dense_first_tokens)
+
+
+def _kept(present: Sequence[Sparsifier], found: Sequence[Sparsifier]) -> list[Sparsifier]:
+    """Return the activations that the model has where nothing new was found."""
+    taken = {site for sparsifier in found for site in sparsifier.sites}
+    return [s for s in present if not taken & set(s.sites)]
+
+
+def _named(places: Sequence[Place], tensors: Mapping[tuple[int, str, str], torch.Tensor]) -> dict[str, Any]:
+    """Return tensors by their names in a checkpoint."""
+    named = {}
+    for place in places:
+        for (layer, site, name), tensor in tensors.items():
+            if layer == place.block.index and site in _sites_of(place) and name in place.tensors():
+                named[place.checkpoint_name(name)] = tensor
+    return named
+
+
+def _sites_of(place: Place) -> tuple[str, ...]:
+    if place.kind != "projection":
+        return place.sparsifier.sites
+    return tuple(site for site, p in place.block.projections().items() if p.name == place.name)

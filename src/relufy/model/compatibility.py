@@ -61,7 +61,8 @@ def _check_block(block: BlockSites, wanted: dict[str, Sparsifier], needs_neuron:
     if neuron := wanted.get("neuron"):
         _check_drelu(where, block, neuron)
     for norm, readers in block.shared_inputs():
-        _check_shared_input(where, norm is not None, {site: wanted.get(site) for site in readers})
+        is_one = len({block.projections()[site].name for site in readers}) == 1
+        _check_shared_input(where, norm is not None, is_one, {site: wanted.get(site) for site in readers})
     _check_projections(where, block, wanted)
 
 
@@ -74,7 +75,9 @@ def _check_drelu(where: str, block: BlockSites, neuron: Sparsifier) -> None:
         raise UserError(f"{where}: drelu is not supported where one projection makes gate and up")
 
 
-def _check_shared_input(where: str, has_norm: bool, wanted: dict[str, Sparsifier | None]) -> None:
+def _check_shared_input(
+    where: str, has_norm: bool, is_one_projection: bool, wanted: dict[str, Sparsifier | None]
+) -> None:
     found, sites = [s for s in wanted.values() if s], tuple(wanted)
     activations = [s for s in found if not s.is_selection and not s.correction]
     readers = " ".join(sites)
@@ -82,7 +85,7 @@ def _check_shared_input(where: str, has_norm: bool, wanted: dict[str, Sparsifier
         raise UserError(
             f"{where}: no norm makes the input of {readers} and nothing else, so no ReLU can go there"
         )
-    if not has_norm and found and len(sites) > 1 and is_shared(found[0], sites):
+    if not has_norm and found and not is_one_projection and is_shared(found[0], sites):
         raise UserError(
             f"{where}: no norm makes the input of {readers} and nothing else, so they cannot share a mask; "
             "give each a sparsifier of its own"

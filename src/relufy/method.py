@@ -1,0 +1,198 @@
+"""Sparsification methods as data: one frozen dataclass for each paper. Knows no torch.
+
+The type is what `relufy.sparsify` dispatches on, METHODS has the names that they have in YAML. What each one
+does is in the module of the same name in `relufy/methods/`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from relufy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What of a text a method looks at. The first position of a window is never counted: it is the
+    beginning-of-sequence token, or the attention sink that takes its place."""
+
+    tokens: int = 20_480
+    """Positions to run at most; windows are drawn from all of the text."""
+    window: int = 256
+    """Tokens in a window, with the beginning-of-sequence token that opens it."""
+    batch_size: int = 8
+    """Windows that run side by side."""
+    seed: int = 0
+    keep_massive: bool = False
+    """Count positions with massive activations too (arXiv 2402.17762: a hidden state with a value above 100
+    and above 1000 times the median magnitude)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.window < 2:
+            raise UserError(f"window must be at least 2 tokens, found {self.window}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed must be between 0 and 2**32 - 1, found {self.seed}")
+
+
+@dataclass(frozen=True)
+class Relufication:
+    """ReLU Strikes Back (arXiv 2310.04564), sections 4 and 5.
+
+    Stage 1 swaps the MLP's activation for `relu(x - shift)`. Stage 2 also puts a ReLU on the shared input of
+    q, k, v and on the shared input of gate and up, after those norms.
+    """
+
+    stage: Literal[1, 2] = 1
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selecting:
+    """What every calibrated method has. `sparsity` is the paper's own target; its docstring says of what."""
+
+    sparsity: float = 0.5
+    phase: Literal["all", "decode"] = "all"
+    """"decode" leaves the tokens of the prompt dense."""
+    dense_first_tokens: int = 0
+    """Tokens at positions below this stay dense."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("sparsity") and not 0 < value < 1:
+                raise UserError(f"{field.name} must lie between 0 and 1, found {value}")
+        if self.dense_first_tokens < 0:
+            raise UserError(f"dense_first_tokens must be 0 or greater, found {self.dense_first_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teal(Selecting):
+    """TEAL (arXiv 2408.14690): a magnitude threshold at the input of each projection.
+
+    `sparsity` is the share of the blocks' linear weights that is not read. "greedy" allocates it within a
+    block by the paper's algorithm 1, "uniform" gives each projection the same.
+    """
+
+    allocation: Literal["greedy", "uniform"] = "greedy"
+    step: float = 0.05
+    """What a greedy step adds to a block's sparsity, times the projections of the block."""
+    most: float = 0.9
+    """The most that a projection gets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cats(Selecting):
+    """CATS (arXiv 2404.08763): one threshold a layer on the magnitude of the activation's output.
+
+    `sparsity` is the share of neurons that are skipped; the gate itself stays dense. Needs a gated MLP.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chess(Selecting):
+    """CHESS (arXiv 2409.01366): a threshold for each neuron, from its mean |up|; with `attention` also
+    thresholds at the inputs of q and o, while k and v stay dense.
+
+    `sparsity` is the share skipped at each of these sites. Needs a gated MLP.
+    """
+
+    attention: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wina(Selecting):
+    """WINA (arXiv 2505.19427): entries of each projection's input by `|x_i| * norm(W[:, i])`.
+
+    `sparsity` is the share of the blocks' linear weights that is not read.
+    """
+
+    select: Literal["threshold", "topk"] = "threshold"
+    """Threshold on the score, or the k greatest scores of each token."""
+    allocation: Literal["greedy", "uniform"] = "greedy"
+    step: float = 0.05
+    most: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class RSparse(Selecting):
+    """R-Sparse (arXiv 2504.19449): thresholds, and a low-rank branch for what they leave out.
+
+    `sparsity` is the share of each projection's weights that is not read, the branch's own weights counted as
+    read; `channels` (the paper's alpha) is the share of the budget that goes to channels, the rest to the
+    branch. The search finds it for each projection.
+    """
+
+    channels: float = 1.0
+    search: bool = True
+    population: int = 8
+    generations: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scap(Selecting):
+    """SCAP (arXiv 2412.07174): thresholds around a centre at the inputs of the MLP's projections.
+
+    `sparsity` is that of the input of gate and up, `sparsity_down` that of the input of down.
+    """
+
+    sparsity: float = 0.35
+    sparsity_down: float = 0.55
+    centre: Literal["best", "zero", "median", "mode"] = "best"
+    """"best" is the one whose output error is least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FatRelu(Selecting):
+    """FATReLU (arXiv 2402.13516, section 3.3) on a model with ReLU: `z where z >= threshold`.
+
+    `sparsity` is the share of zero neurons wanted, per layer; a layer that has it already keeps its ReLU.
+    """
+
+    sparsity: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedySequential(Selecting):
+    """Greedy sequential thresholds (arXiv 2501.16337, on any decoder): site after site, each as sparse as the
+    loss on the calibration text allows. `sparsity` is the most that a site gets."""
+
+    sparsity: float = 0.9
+    loss_increase: float = 1.0006
+    """The factor that the loss may grow by at each accepted step."""
+    step: float = 0.1
+    """The first sparsity that is tried at a site, and what each further try adds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaRoSA(Selecting):
+    """LaRoSA (arXiv 2507.01299): top-k of the inputs in the basis of their principal components.
+
+    A reference for quality: the rotation is computed for each token, so there is no fast path here.
+    `sparsity` is the share of the inputs' entries left out.
+    """
+
+
+METHODS: dict[str, type] = {
+    "relufication": Relufication,
+    "teal": Teal,
+    "cats": Cats,
+    "chess": Chess,
+    "wina": Wina,
+    "rsparse": RSparse,
+    "scap": Scap,
+    "fatrelu": FatRelu,
+    "greedy": GreedySequential,
+    "larosa": LaRoSA,
+}
+"""Sparsification methods by the name that they have in YAML and on the command line."""
+
+
+def method_name(method: Any) -> str:
+    """Return the name of a method's parameters. Raises UserError for what is no method."""
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise UserError(f"expected the parameters of a method, found {type(method).__name__}")

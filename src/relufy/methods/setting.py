@@ -1,0 +1,64 @@
+"""What a method gets to work with, and what it returns."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from relufy.activation_sparsity import Sparsifier
+from relufy.errors import UserError
+from relufy.method import Calibration
+from relufy.model.structure import BlockSites
+
+Progress = Callable[[str, int, int], None]
+"""Called with a task's name, what is done of it, and all of it."""
+
+LEAST_TOKENS = 512
+"""Thresholds from less text than this are accidents."""
+
+
+def no_progress(task: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with its blocks, and the text to calibrate on."""
+
+    model: PreTrainedModel
+    blocks: list[BlockSites]
+    windows: np.ndarray | None = None
+    """Token ids, int64 `[windows, length]`, each window opened by the beginning-of-sequence token."""
+    calibration: Calibration = field(default_factory=Calibration)
+    progress: Progress = no_progress
+
+    @property
+    def is_gated(self) -> bool:
+        return self.blocks[0].gate is not None
+
+    def text(self, method: str) -> np.ndarray:
+        """Return the calibration windows. Raises UserError if there are none, or too few."""
+        if self.windows is None:
+            raise UserError(f"{method} needs text to calibrate on; give it with --calibration FILE")
+        positions = self.windows.shape[0] * (self.windows.shape[1] - 1)
+        if positions < LEAST_TOKENS:
+            raise UserError(
+                f"the calibration text has {positions} positions, {method} needs {LEAST_TOKENS} or more"
+            )
+        return self.windows
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found for a model.
+
+    `tensors` has the sparsifiers' tensors by (layer, a site of the sparsifier, name), where the name is one
+    of threshold, weight, centre (f32 `[channels]`), low_rank_in `[rank, in]`, low_rank_out `[out, rank]`.
+    """
+
+    sparsifiers: tuple[Sparsifier, ...]
+    tensors: Mapping[tuple[int, str, str], torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What the user should know, in a line each."""
