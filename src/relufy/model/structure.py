@@ -152,7 +152,7 @@ def _refuse_other_kinds(model: nn.Module) -> None:
     if kinds := other_kinds(model):
         found = "; ".join(f"{kind.word} ({kind.details})" for kind in kinds)
         raise UserError(
-            f"{name} is no dense decoder, and only such can be made sparse so far; it has {found}"
+            f"{name} is no dense decoder, and only such can be made sparse so far; it has: {found}"
         )
 
 
