@@ -113,12 +113,16 @@ def test_as_many_families_as_promised() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_sites_fused_shapes_and_norms_are_found(name: str) -> None:
-    blocks = find_sites(empty_model(name))
-    assert len(blocks) == 2
+    model = empty_model(name)
+    blocks = find_sites(model)
+    assert [block.index for block in blocks] == [0, 1]
     assert described(blocks[1]) == EXPECTED[name]
     groups, (attention_norm, mlp_norm) = EXPECTED[name]
     begins_with_no_norm = name == "modernbert_decoder"  # its embeddings end with one
     assert described(blocks[0]) == (groups, (None if begins_with_no_norm else attention_norm, mlp_norm))
+    for block in blocks:
+        assert all(model.get_submodule(p.name) is p.module for p in block.projections().values())
+        assert model.get_submodule(block.activation.name) is block.activation.module
 
 
 @pytest.mark.parametrize("name", ALL)

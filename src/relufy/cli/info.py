@@ -53,7 +53,9 @@ def _sites(model: str) -> dict[str, Any]:
 
         quiet_libraries()
         return site_table(model).to_dict()
-    except ImportError:
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "transformers"):
+            raise
         return {"refusal": SITES_NEED}
     except UserError as error:
         return {"refusal": str(error)}
