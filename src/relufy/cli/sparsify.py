@@ -54,8 +54,10 @@ def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool
 
     from relufy.methods.sparsify import find, install, make_setting
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+    from relufy.model.empty import refuse_without_sites
 
     quiet_libraries()
+    refuse_without_sites(folder)
     loaded, tokenizer, windows = load_model(folder), load_tokenizer(folder), None
     with ProgressDisplay() as display:
         if is_calibrated:
