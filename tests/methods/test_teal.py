@@ -139,7 +139,7 @@ def test_a_relufied_model_keeps_its_activation() -> None:
     model = sparsify(families.family(GATED), "relufy-stage1")
     both = sparsify(model, Teal(allocation="uniform"), windows_of())
     assert sparsity_of(both).sparsifiers[0].function == "relu"
-    assert {site for s in sparsity_of(both).sparsifiers for site in s.sites} >= {"neuron", "q", "o", "down"}
+    assert {site for s in sparsity_of(both).sparsifiers for site in s.sites} >= {"neuron", "q", "o", "gate"}
 
 
 def test_a_plain_relu_model_keeps_down_as_it_is() -> None:

@@ -74,7 +74,7 @@ def find(method: Any, setting: Setting) -> Found:
 
 
 def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
-    """Put what a method found on the model and return it; masks leave it the activations with zeros it has."""
+    """Put what a method found on the model, and return it. Masks leave it its activations with zeros."""
     present = sparsity_of(setting.model)
     kept = _kept(present.sparsifiers, found.sparsifiers) if isinstance(recipe.sparsify, Selecting) else []
     sparsity = ActivationSparsity((*kept, *found.sparsifiers), recipe=recipe.to_mapping())
