@@ -58,7 +58,8 @@ class Sketch:
         if key == 0:
             return 0.0
         lower, upper = _edges(key)
-        return lower + (upper - lower) * (wanted - (cumulative[key] - counts[key])) / counts[key]
+        before, inside = int(cumulative[key] - counts[key]), int(counts[key])
+        return lower + (upper - lower) * (wanted - before) / inside
 
     def median(self) -> float:
         """Return the value that half of the values are below."""
