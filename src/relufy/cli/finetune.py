@@ -61,10 +61,10 @@ def command(
 
     quiet_libraries()
     tokenizer, trained, teacher = load_tokenizer(source), load_model(source), load_model(original)
-    if chosen.sparsify is not None:
-        trained = sparsify(trained, chosen)
     with ProgressDisplay() as display:
         windows = training_windows(data, teacher, tokenizer, settings, display)
+        if chosen.sparsify is not None:
+            trained = sparsify(trained, chosen, windows, display.update)
         done = finetune(
             trained,
             settings,
