@@ -33,12 +33,14 @@ from relufy.methods.sparsify import find, install, make_setting
 from relufy.methods.targets import Unreachable, check_method, check_target, method_at, method_with
 from relufy.methods.variant_costs import EngineCosts
 from relufy.model.checkpoint import load_model, load_tokenizer
+from relufy.model.empty import refuse_without_sites
 from relufy.model.provenance import versions
 from relufy.model.sites import find_sites
 from relufy.model.trial import trial_masks
 from relufy.recipe import Recipe
 from relufy.schema import suggest, to_mapping
 from relufy.text import read_windows
+from relufy.text_sample import sample_windows
 
 CETT_TOKENS = 1024
 """Positions that CETT is measured on: the first windows'."""
@@ -126,13 +128,14 @@ class _Study:
         self, folder: Path, text: Files, calibration: Files, options: CompareOptions, progress: Progress
     ) -> None:
         self.options, self.progress = options, progress
+        refuse_without_sites(folder)
         _refuse_long_windows(folder, options)
         tokenizer = load_tokenizer(folder)
         self.windows = read_windows(text, tokenizer, options.window)[: options.max_windows]
-        calibrating = read_windows(calibration, tokenizer, options.calibrate.window)
+        sampled = sample_windows(calibration, tokenizer, *_sample_size(options.calibrate))
         self.model = load_model(folder)
         recipe = Recipe("compare", sparsify=method_with("teal", 0.5), calibrate=options.calibrate)
-        self.setting = make_setting(self.model, recipe, calibrating, progress)
+        self.setting = make_setting(self.model, recipe, sampled, progress)
         self.setting.text("compare")
         self.scored = Scored(options.mode, options.window)
         self.costs = EngineCosts(folder, options, self.windows[0])
@@ -188,8 +191,6 @@ class _Study:
         zeros, losses = measure_zeros(variant, self.windows, self.scored, self.options.batch_size)
         shares = masked_shares(self.setting.blocks, sparsifiers, zeros.sites)
         read, speed, notes = self.costs.of_variant(variant, zeros.sites)
-        if self.options.mode != "all" and not all(s.is_selection for s in sparsifiers):
-            notes += ("its activation acts on every token, dense halves and prompts too",)
         return (
             Outcome(
                 zeros=zeros,
@@ -242,8 +243,8 @@ def _refuse_same_files(text: Files, calibration: Files) -> None:
     for path in text:
         if Path(path).is_file() and (other := hashes.get(_hash(path))) is not None:
             raise UserError(
-                f"{path} and the calibration text {other} are the same file: a method would be measured on what "
-                "it was calibrated on; give another, or --allow-same-text"
+                f"{path} and the calibration text {other} are the same file, so methods would be measured on "
+                "what they were calibrated on; give another one, or --allow-same-text"
             )
 
 
@@ -252,6 +253,11 @@ def _refuse_long_windows(folder: Path, options: CompareOptions) -> None:
     for window in (options.window, options.calibrate.window):
         if longest and window > longest:
             raise UserError(f"windows of {window} tokens are longer than the {longest} that the model reads")
+
+
+def _sample_size(calibrate: Calibration) -> tuple[int, int, int]:
+    """Return the length of windows, their number and the seed that they are drawn by."""
+    return calibrate.window, max(1, calibrate.tokens // calibrate.window), calibrate.seed
 
 
 def _described(files: Files) -> list[dict[str, str]]:

@@ -23,9 +23,7 @@ class Shown:
 def tables(found: Comparison) -> list[Shown]:
     """Return the tables: quality beside controls, the four sparsities, and costs."""
     mode = f"tokens sparsified and scored: {found.settings['mode']}"
-    controls = (
-        CONTROLS if found.dense.controls or any(r.outcome and r.outcome.controls for r in found.rows) else ()
-    )
+    controls = CONTROLS if any(row.outcome and row.outcome.controls for row in found.rows) else ()
     has_speed = any(row.outcome and row.outcome.speed for row in found.rows)
     quality = ("model_level_sparsity", "perplexity", "nats more than dense", *controls)
     sparsities = ("intrinsic_zero_fraction", "cett_sparsity", "gate_only_sparsity", "model_level_sparsity")

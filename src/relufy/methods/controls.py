@@ -29,7 +29,7 @@ def masked_shares(
     sparsifiers: Sequence[Sparsifier],
     sites: Mapping[str, Sequence[float]],
 ) -> dict[tuple[int, str], float]:
-    """Return the realised share at each site that has one of the sparsifiers; `sites` is what was measured."""
+    """Return the share that was measured (`sites`) at each site that has one of the sparsifiers."""
     known = [(block.index, site) for block in blocks for site in (*block.projections(), "neuron")]
     return {
         (layer, site): sites[site][layer]

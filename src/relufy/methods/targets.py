@@ -16,7 +16,8 @@ from relufy.model.structure import BlockSites
 from relufy.schema import suggest
 
 WITHOUT_TARGET = {
-    "relufication": "relufication has no sparsity to choose: the weights decide, and a fine-tune has to follow",
+    "relufication": "relufication has no sparsity to choose, and needs a fine-tune",
+    "auto": "auto searches under a budget of perplexity (relufy sparsify --budget), not at a target",
     "greedy": "greedy goes as far as a loss on the calibration text allows, so it has no target of its own",
 }
 """The methods that cannot be compared at a share, and why."""

@@ -12,6 +12,8 @@ DENSE = "#8b95a5"
 COLOURS = ("#2e5fd0", "#1aa179", "#e0803a", "#8a6fc9", "#c8447b", "#5aaec4", "#a8862b", "#4a5568")
 MARKERS = "osD^vPX*"
 CONTROL_STYLES = {"random": (0, (1, 2)), "oracle": (0, (5, 2))}
+NUM_ENTRIES = 8
+"""The most that a row of the legend holds."""
 MOST_TIMES_DENSE = 4.0
 """Perplexities beyond so many times dense are drawn at the upper edge, as arrows."""
 
@@ -20,7 +22,7 @@ Axis = Callable[[Mapping[str, Any]], float | None]
 
 
 def plot_comparison(document: Document, output: Path) -> None:
-    """Draw what Comparison.to_json returned, and write it as the path's suffix says (svg, png), atomically."""
+    """Draw what Comparison.to_json returned, atomically, in the format of the path's suffix (svg, png)."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -39,7 +41,10 @@ def plot_comparison(document: Document, output: Path) -> None:
             panels[0, 1].invert_xaxis()
         panels[0, 0].set_ylabel("perplexity")
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=5, handlelength=2.4)
+        ncols = len(handles) if len(handles) <= NUM_ENTRIES else -(-len(handles) // 2)
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=ncols, handlelength=2.2, columnspacing=1.4
+        )
         kind = output.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
@@ -86,10 +91,22 @@ def _paint(axes: Any, document: Document, place: Axis, label: str) -> None:
         _arrows(axes, xs, own, top, colour)
     if any(row.get("controls") for row in document["rows"]):
         for control, style in CONTROL_STYLES.items():
-            axes.plot([], [], color=INK, linestyle=style, linewidth=1.0, alpha=0.6, label=f"{control} masks")
+            label_of = f"{control} masks{_beyond(document, control, top)}"
+            axes.plot([], [], color=INK, linestyle=style, linewidth=1.0, alpha=0.6, label=label_of)
     axes.set_ylim(dense - 0.04 * (top - dense), top)
     axes.set_xlabel(label)
     axes.grid(axis="y")
+
+
+def _beyond(document: Document, control: str, top: float) -> str:
+    """Say so if all of a control's perplexities are beyond the upper edge."""
+    found = [
+        row["controls"][control]["perplexity"]["perplexity"]
+        for row in document["rows"]
+        if row.get("controls")
+    ]
+    least = min((value for value in found if value is not None), default=top)
+    return f" ({least:.0f} or more)" if least > top else ""
 
 
 def _height(document: Document, dense: float) -> float:
