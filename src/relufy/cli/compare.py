@@ -38,12 +38,20 @@ def command(
     mode: Annotated[
         str, typer.Option(help="Tokens that are sparsified and scored: all, second-half or decode.")
     ] = "all",
-    window: Annotated[int, typer.Option(min=4, help="Tokens in a window of the text.")] = 256,
+    window: Annotated[int, typer.Option(min=4, help="Tokens in a window, of both texts.")] = 256,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Measure no more than the first windows.")
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Positions to calibrate on; 20,480 by default.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="METHOD.KEY=VALUE",
+            help="Another value for a method, as teal.allocation=uniform.",
+        ),
     ] = None,
     no_controls: Annotated[
         bool, typer.Option("--no-controls", help="Leave out the random and the oracle masks.")
@@ -79,13 +87,14 @@ def command(
         own_targets=own_targets,
         window=window,
         max_windows=max_windows,
-        calibrate=Calibration(tokens=calibration_tokens or Calibration.tokens, seed=seed),
+        calibrate=Calibration(tokens=calibration_tokens or Calibration.tokens, window=window, seed=seed),
         has_controls=not no_controls,
         speed_tokens=speed,
         threads=threads,
         dtype=dtype,
         seed=seed,
         allow_same_text=allow_same_text,
+        changes=changed_values(assign or []),
     )
     quiet_libraries()
     said = command_line(model, names, shares, text, calibration, options)
@@ -105,6 +114,20 @@ def numbers(text: str) -> list[float]:
         return [float(part) for part in parts(text)]
     except ValueError:
         raise UserError(f"--targets takes shares with commas, such as {TARGETS}, found {text!r}") from None
+
+
+def changed_values(assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """Return values by method and key of `METHOD.KEY=VALUE` entries; a value is YAML. Raises UserError."""
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for assignment in assignments:
+        place, equals, value = assignment.partition("=")
+        method, dot, key = place.strip().partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"--set takes METHOD.KEY=VALUE, as teal.allocation=uniform, found {assignment!r}")
+        found.setdefault(method, {})[key] = yaml.safe_load(value)
+    return found
 
 
 def command_line(
@@ -135,6 +158,8 @@ def command_line(
         "--no-controls": not options.has_controls,
         "--allow-same-text": options.allow_same_text,
     }
+    for method, changes in options.changes.items():
+        words += [word for key, value in changes.items() for word in ("--set", f"{method}.{key}={value}")]
     words += [word for name, value in values.items() if value is not None for word in (name, str(value))]
     return join([*words, *(name for name, is_set in flags.items() if is_set)])
 

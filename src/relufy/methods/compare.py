@@ -7,7 +7,7 @@ that shares its weights.
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,7 @@ from relufy.measure.definitions import measure_zeros
 from relufy.measure.measure import model_macs
 from relufy.measure.modes import MODES, Scored, WindowLosses, window_losses
 from relufy.measure.overlap import overlap
-from relufy.method import Calibration, method_name
+from relufy.method import METHODS, Calibration, method_name
 from relufy.methods.comparison import Comparison, Control, Outcome, Row
 from relufy.methods.controls import CONTROLS, masked_shares, put_controls
 from relufy.methods.setting import Progress, no_progress
@@ -38,7 +38,7 @@ from relufy.model.provenance import versions
 from relufy.model.sites import find_sites
 from relufy.model.trial import trial_masks
 from relufy.recipe import Recipe
-from relufy.schema import suggest, to_mapping
+from relufy.schema import from_mapping, suggest, to_mapping
 from relufy.text import read_windows
 from relufy.text_sample import sample_windows
 
@@ -68,6 +68,8 @@ class CompareOptions:
     """Of the random control; the calibration has its own."""
     allow_same_text: bool = False
     batch_size: int = 16
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Other values of methods' parameters, by method, such as {"teal": {"allocation": "uniform"}}."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -93,7 +95,7 @@ def compare(
     What a method cannot do on this model is a row with the reason. Raises UserError for unknown methods,
     unfit targets, texts or models, and if there is no row with a result.
     """
-    _check_wanted(methods, targets)
+    _check_wanted(methods, targets, options)
     if not options.allow_same_text:
         _refuse_same_files(text, calibration)
     folder = model_folder(model)
@@ -166,8 +168,9 @@ class _Study:
             "all": {},
             "second-half": {"dense_first_tokens": self.scored.first},
             "decode": {"phase": "decode"},
-        }
-        return replace(method, **changes[self.options.mode])
+        }[self.options.mode]
+        wanted = to_mapping(method) | changes | self.options.changes.get(name, {})
+        return from_mapping(type(method), wanted, name)
 
     def _variant(self, method: Any, found: Any) -> PreTrainedModel:
         model = shared_copy(self.model)
@@ -226,7 +229,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _check_wanted(methods: Sequence[str], targets: Sequence[float]) -> None:
+def _check_wanted(methods: Sequence[str], targets: Sequence[float], options: CompareOptions) -> None:
     if not methods or not targets:
         raise UserError("name one method and one target at least")
     for name in methods:
@@ -236,6 +239,10 @@ def _check_wanted(methods: Sequence[str], targets: Sequence[float]) -> None:
     for values in (methods, targets):
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise UserError(f"{twice[0]} is named twice")
+    for name, values in options.changes.items():
+        if name not in methods:
+            raise UserError(f"other values are given for {name!r}, which is not compared")
+        from_mapping(METHODS[name], values, name)
 
 
 def _refuse_same_files(text: Files, calibration: Files) -> None:
