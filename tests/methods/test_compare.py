@@ -187,6 +187,11 @@ def test_shared_passages_are_flagged(make_checkpoint, texts: Files) -> None:
     assert run(make_checkpoint(), texts, "cats", (0.2,), has_controls=False).is_same_text
 
 
+def test_too_little_text_tells_no_domain(found) -> None:
+    comparison = found[0]
+    assert comparison.is_same_domain is None and "too little text" in comparison.to_markdown()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -198,6 +203,7 @@ def test_shared_passages_are_flagged(make_checkpoint, texts: Files) -> None:
         ({"dtype": "int3"}, "can't be packed as 'int3'"),
         ({"changes": {"teal": {"step": 0.1}}}, "'teal', which is not compared"),
         ({"changes": {"cats": {"steps": 0.1}}}, "cats: unknown key 'steps'"),
+        ({"changes": {"cats": {"sparsity": 0.1}}}, "follows from the target"),
         ({"window": 4096}, "longer than the 128"),
     ],
 )

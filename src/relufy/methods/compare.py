@@ -22,6 +22,7 @@ from relufy.errors import UserError
 from relufy.hub import model_folder, read_config
 from relufy.measure.cett import CETT_TARGET, cett_sparsity
 from relufy.measure.definitions import measure_zeros
+from relufy.measure.domain import compare_domains
 from relufy.measure.measure import model_macs
 from relufy.measure.modes import MODES, Scored, WindowLosses, window_losses
 from relufy.measure.overlap import overlap
@@ -44,6 +45,8 @@ from relufy.text_sample import sample_windows
 
 CETT_TOKENS = 1024
 """Positions that CETT is measured on: the first windows'."""
+DECIDED = {"sparsity", "sparsity_down", "phase", "dense_first_tokens"}
+"""The parameters that the target and the mode decide."""
 Files = Sequence[str | Path]
 
 
@@ -114,7 +117,8 @@ def compare(
         rows=tuple(rows),
         windows=len(study.windows),
         window=options.window,
-        overlap=overlap(study.setting.text("compare"), study.windows),
+        overlap=overlap(study.calibrating, study.windows),
+        domains=compare_domains(study.calibrating, study.windows),
         settings=to_mapping(options) | {"methods": list(methods), "targets": list(targets)},
         texts={"text": _described(text), "calibration": _described(calibration)},
         versions=versions(),
@@ -138,7 +142,7 @@ class _Study:
         self.model = load_model(folder)
         recipe = Recipe("compare", sparsify=method_with("teal", 0.5), calibrate=options.calibrate)
         self.setting = make_setting(self.model, recipe, sampled, progress)
-        self.setting.text("compare")
+        self.calibrating = self.setting.text("compare")
         self.scored = Scored(options.mode, options.window)
         self.costs = EngineCosts(folder, options, self.windows[0])
         self.dense_losses, self.dense = self._measure_dense()
@@ -242,6 +246,8 @@ def _check_wanted(methods: Sequence[str], targets: Sequence[float], options: Com
     for name, values in options.changes.items():
         if name not in methods:
             raise UserError(f"other values are given for {name!r}, which is not compared")
+        if taken := sorted(DECIDED & set(values)):
+            raise UserError(f"{name}.{taken[0]} follows from the target or the mode, and cannot be set")
         from_mapping(METHODS[name], values, name)
 
 

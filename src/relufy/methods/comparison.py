@@ -7,6 +7,7 @@ from typing import Any
 
 from relufy.measure.cost import DenseSparse
 from relufy.measure.definitions import DEFINITIONS, ZeroSparsities
+from relufy.measure.domain import Domains
 from relufy.measure.overlap import Overlap
 from relufy.measure.quality import Difference, Perplexity
 from relufy.measure.speed import Speed
@@ -87,6 +88,8 @@ class Comparison:
     windows: int
     window: int
     overlap: Overlap
+    domains: Domains | None
+    """None where there is too little text to tell."""
     settings: Mapping[str, Any]
     texts: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -107,6 +110,22 @@ class Comparison:
             f"their {found.ngram}-grams are in the calibration text"
         )
 
+    @property
+    def is_same_domain(self) -> bool | None:
+        """Whether the calibration text is of the evaluation text's domain; None if that is not known."""
+        return self.domains.is_same if self.domains else None
+
+    @property
+    def domain_line(self) -> str:
+        if self.domains is None:
+            return "too little text to tell whether the calibration text is of the same domain"
+        found = self.domains
+        flag = "SAME DOMAIN: " if found.is_same else "another domain: "
+        return (
+            f"{flag}tokens are {found.ratio:.2f} times as differently distributed in the calibration text as "
+            f"in the text's own halves ({found.between:.3f} and {found.within:.3f} bits)"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data; what is no number is None."""
         document = {
@@ -119,6 +138,8 @@ class Comparison:
             "window": self.window,
             "overlap": asdict(self.overlap) | {"seen_share": self.overlap.seen_share},
             "is_same_text": self.is_same_text,
+            "domains": asdict(self.domains) | {"ratio": self.domains.ratio} if self.domains else None,
+            "is_same_domain": self.is_same_domain,
             "dense": self.dense.to_json(),
             "rows": [row.to_json() for row in self.rows],
             "notes": list(self.notes),

@@ -38,7 +38,7 @@ def tables(found: Comparison) -> list[Shown]:
 
 def remarks(found: Comparison) -> list[str]:
     """Return what belongs beside the tables: overlap of the texts, reasons and notes, a line each."""
-    lines = [found.overlap_line, *found.notes]
+    lines = [found.overlap_line, found.domain_line, *found.notes]
     lines += [f"{_name(row)}: {row.reason}" for row in found.rows if row.reason]
     return list(
         dict.fromkeys([*lines, *(f"{row.method}: {note}" for row in found.rows for note in row.notes)])
