@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blocked_dot.h"
+#include "blocked_dot_float.h"
 #include "blocked_scatter.h"
 
 namespace relufy::RELUFY_KERNELS {
@@ -23,6 +24,8 @@ void dot_typed(const StoredRows& w, const RowList& rows, const Input& x, size_t 
     dot_streamed<D>(w, rows, x, tokens, y, y_stride);
   else if constexpr (is_integer(D))
     dot_blocked_integer<D>(w, rows, x, tokens, scratch, y, y_stride);
+  else if (x.tiles && tokens >= kFewestForPanels)
+    dot_panels<D>(w, rows, x, tokens, scratch, y, y_stride);
   else
     dot_blocked_float<D>(w, rows, x, tokens, scratch, y, y_stride);
 }

@@ -1,0 +1,298 @@
+// Float dot products for many tokens (blocked.h).
+//
+// One token's product is 2 * kLanes sums, each of every so manieth input in ascending order, which are then added
+// as a tree: both sums of a lane, then the lanes, the upper half onto the lower (simd.h). A panel keeps that
+// order with outputs for lanes: a sum is a run of multiply-adds, the tree adds whole vectors, and nothing is
+// shuffled but the weights, once. The inputs lie transposed too (Input::tiles), so that a step reads one line
+// of them.
+//
+// Laying out a panel costs as much as several tokens' products. So a few tokens take the rows as they are, in
+// tiles of rows x tokens.
+#pragma once
+
+#include "blocked.h"
+
+namespace relufy::RELUFY_KERNELS {
+namespace {
+
+// ---- panels
+
+constexpr size_t kFloatPanel = 2;                                               // vectors of rows
+constexpr size_t kFloatTile = kRegisters == 32 ? kTileTokens : kTileTokens / 2;  // tokens
+constexpr size_t kFloatOutputs = kFloatPanel * kLanes;
+constexpr size_t kFloatStepBytes = kFloatPanel * kVectorBytes;
+constexpr size_t kSumsOfDot = 2 * kLanes;
+constexpr size_t kLevels = __builtin_ctz(kSumsOfDot);  // of the tree
+constexpr size_t kTileSums = kFloatTile * kFloatOutputs;
+constexpr size_t kLinesAhead = 64;
+#ifndef UA
+#define UA 512
+#endif
+constexpr size_t kUnpackAhead = UA;
+
+// The place of a lane in the order in which the tree reaches it, and the lane of a place: bits reversed.
+constexpr size_t leaf_of(size_t lane, size_t lanes = kLanes) {
+  size_t leaf = 0;
+  for (size_t bit = 1; bit < lanes; bit *= 2) leaf = 2 * leaf + (lane & bit ? 1 : 0);
+  return leaf;
+}
+
+// Where an input's values lie in a tile: in the order of 16 lanes' sums.
+inline size_t place_in_tile(size_t i, size_t width) {
+  return ((2 * leaf_of(i % 16, 16) + i / 16 % 2) * tile_steps(width) + i / 32) * kTileWidth;
+}
+
+// Where a row's sums lie in a panel, in the order of the tree.
+template <Dtype D>
+struct FloatShape {
+  static constexpr size_t kParts = FloatChunk<D>::kParts;
+  size_t width, vectors, distance, sums_at_once;
+
+  FloatShape(size_t length, size_t input_width)
+      : width(input_width), vectors(row_bytes(D, length) / kVectorBytes) {
+    distance = (steps(0) | 1) * kFloatStepBytes;  // no power of two: sums would share cache lines
+    sums_at_once = kSumsOfDot;
+    while (sums_at_once > kSumsOfDot / 4 && sums_at_once * distance > kDotPanel) sums_at_once /= 2;
+  }
+
+  size_t steps(size_t which) const { return kParts == 2 ? vectors : (vectors + 1 - which) / 2; }
+
+  // The first input of a step of either sum.
+  static size_t element(size_t step, size_t which) {
+    return kParts == 2 ? element_of<D>(step, which) : element_of<D>(2 * step + which, 0);
+  }
+};
+
+// kFloatOutputs rows of a list, the last one again where there are no more.
+struct FloatRows {
+  size_t count, index[kFloatOutputs];
+  const uint8_t* rows[kFloatOutputs];
+  bool is_run;
+
+  FloatRows(const StoredRows& w, const RowList& list, size_t j)
+      : count(list.count - j < kFloatOutputs ? list.count - j : kFloatOutputs),
+        is_run(!list.list && count == kFloatOutputs) {
+    for (size_t r = 0; r < kFloatOutputs; ++r) {
+      index[r] = list[j + (r < count ? r : count - 1)];
+      rows[r] = w.row(index[r]);
+    }
+  }
+
+  // The sums [first, first + shape.sums_at_once).
+  template <Dtype D>
+  void unpack(const FloatShape<D>& shape, size_t first, uint8_t* panel) const {
+    constexpr size_t kQuarter = kSumsOfDot / 4;
+    size_t quarter = first / kQuarter;
+    if (shape.sums_at_once == kSumsOfDot) return unpack_lanes<D, 0, 2, 1, 3>(shape, first, panel);
+    if (shape.sums_at_once == 2 * kQuarter)
+      return quarter == 0 ? unpack_lanes<D, 0, 2>(shape, first, panel)
+                          : unpack_lanes<D, 1, 3>(shape, first, panel);
+    if (quarter == 0) unpack_lanes<D, 0>(shape, first, panel);
+    if (quarter == 1) unpack_lanes<D, 2>(shape, first, panel);
+    if (quarter == 2) unpack_lanes<D, 1>(shape, first, panel);
+    if (quarter == 3) unpack_lanes<D, 3>(shape, first, panel);
+  }
+
+  // Both sums of the lanes K, K + 4, ..., the first of which is `first`.
+  template <Dtype D, size_t... K>
+  void unpack_lanes(const FloatShape<D>& shape, size_t first, uint8_t* panel) const {
+    for (size_t p = 0; p < kFloatPanel; ++p)
+      for (size_t v = 0; v < shape.vectors; ++v)
+        for (size_t part = 0; part < shape.kParts; ++part) {
+          size_t which = shape.kParts == 2 ? part : v % 2, step = shape.kParts == 2 ? v : v / 2;
+          uint8_t* out = panel + step * kFloatStepBytes + p * kVectorBytes;
+          ivec lanes[kLanes];
+          for (size_t r = 0; r < kLanes; ++r) {
+            const uint8_t* at = rows[p * kLanes + r] + v * kVectorBytes;
+            if (part == 0) prefetch(at + kUnpackAhead);
+            lanes[r] = (ivec)FloatChunk<D>::part(at, part);
+          }
+          auto put = [&](size_t lane, ivec column) {
+            store_as(out + (2 * leaf_of(lane) + which - first) * shape.distance, column);
+          };
+          (for_each_fourth_column<K>(lanes, put), ...);
+        }
+  }
+
+  // y of T tokens <- their sums.
+  void finish(const float* sums, size_t tokens, float* y, size_t y_stride) const {
+        for (size_t t = 0; t < tokens; ++t, sums += kFloatOutputs, y += y_stride)
+      if (is_run)
+        std::memcpy(y + index[0], sums, kFloatOutputs * sizeof(float));
+      else
+        for (size_t r = 0; r < count; ++r) y[index[r]] = sums[r];
+  }
+};
+
+// The sum `sum` of T tokens.
+template <Dtype D, size_t T>
+inline void add_steps(const FloatShape<D>& shape, const uint8_t* panel, size_t sum, const float* inputs,
+                      vec sums[T][kFloatPanel]) {
+  if constexpr (kLanes == 16) inputs += sum * tile_steps(shape.width) * kTileWidth;
+  for (size_t step = 0; step < shape.steps(sum % 2); ++step) {
+    vec weights[kFloatPanel];
+    for (size_t v = 0; v < kFloatPanel; ++v) {
+      vec weight = load_as<vec>(panel + step * kFloatStepBytes + v * kVectorBytes);
+      hold(weight);
+      weights[v] = weight;
+    }
+    const float* at = inputs + step * kTileWidth;
+    if constexpr (kLanes < 16)
+      at = inputs + place_in_tile(shape.element(step, sum % 2) + leaf_of(sum / 2), shape.width);
+    prefetch(at + kLinesAhead * kTileWidth);
+    for (size_t t = 0; t < T; ++t) {
+      vec input = broadcast(at + t);
+      hold(input);
+      for (size_t v = 0; v < kFloatPanel; ++v) sums[t][v] = weights[v] * input + sums[t][v];
+    }
+  }
+}
+
+// The sums [first, first + shape.sums_at_once) of T tokens, and what of the tree they complete: `levels` has
+// kTileSums for each level.
+template <Dtype D, size_t T>
+inline void multiply_float(const FloatShape<D>& shape, const uint8_t* panel, size_t first, const float* inputs,
+                           float* levels) {
+  for (size_t sum = first; sum < first + shape.sums_at_once; ++sum, panel += shape.distance) {
+    vec sums[T][kFloatPanel] = {};
+    add_steps<D, T>(shape, panel, sum, inputs, sums);
+    float* level = levels;
+    for (size_t bits = sum; bits & 1; bits >>= 1, level += kTileSums)
+      for (size_t t = 0; t < T; ++t)
+        for (size_t v = 0; v < kFloatPanel; ++v)
+          sums[t][v] = load(level + t * kFloatOutputs + v * kLanes) + sums[t][v];
+    for (size_t t = 0; t < T; ++t)
+      for (size_t v = 0; v < kFloatPanel; ++v)
+        store(level + t * kFloatOutputs + v * kLanes, sums[t][v]);
+  }
+}
+
+template <Dtype D>
+void dot_panels(const StoredRows& w, const RowList& list, const Input& x, size_t tokens, void* scratch, float* y,
+                size_t y_stride) {
+  FloatShape<D> shape(w.length, x.stride);
+  Carver carver(scratch);
+  uint8_t* panel = carver.take<uint8_t>(shape.sums_at_once * shape.distance);
+  float* levels = carver.take<float>((kLevels + 1) * kTileSums * (tokens / kFloatTile + 1));
+  bool is_whole = shape.sums_at_once == kSumsOfDot;
+  for (size_t j = 0; j < list.count; j += kFloatOutputs) {
+    FloatRows rows(w, list, j);
+    for (size_t first = 0; first < kSumsOfDot; first += shape.sums_at_once) {
+      rows.template unpack<D>(shape, first, panel);
+      bool is_last = first + shape.sums_at_once == kSumsOfDot;
+      for (size_t t = 0; t < tokens; t += kFloatTile) {
+        float* own = levels + (is_whole ? 0 : t / kFloatTile * (kLevels + 1) * kTileSums);
+        const float* inputs = x.tiles + t / kTileTokens * tile_size(x.stride) + t % kTileTokens;
+        size_t size = tokens - t < kFloatTile ? tokens - t : kFloatTile;
+        call_with<kFloatTile>(size, [&](auto T) { multiply_float<D, T()>(shape, panel, first, inputs, own); });
+        if (is_last) rows.finish(own + kLevels * kTileSums, size, y + t * y_stride, y_stride);
+      }
+    }
+  }
+}
+
+// x as panels read it, of at most kTileTokens tokens.
+void interleave(const float* x, size_t x_stride, size_t tokens, size_t n, float* tile) {
+  for (size_t i = 0; i < n; i += kLanes)
+    for (size_t t = 0; t < kTileTokens; t += kLanes) {
+      ivec lanes[kLanes];
+      for (size_t k = 0; k < kLanes; ++k)
+        lanes[k] = t + k < tokens ? load_as<ivec>(x + (t + k) * x_stride + i) : ivec{};
+      for_each_column(lanes, [&](size_t c, ivec column) { store_as(tile + place_in_tile(i + c, n) + t, column); });
+    }
+}
+
+// ---- few tokens: tiles of rows x tokens, each with one token's two sums
+
+constexpr size_t kFloatRows = kRegisters == 32 ? 6 : 3, kFloatTokens = 2;
+constexpr size_t kFloatSums = kFloatRows * kFloatTokens * 2 * kLanes;
+constexpr size_t kRowBlock = 48, kTokenBlock = 32;  // whose rows, inputs and sums share the second cache
+constexpr size_t kFloatBlock = 4096;                // bytes of a row: a tile's rows stay in the first cache
+
+// A tile of rows and tokens; where they run out, the last ones again.
+struct FloatTile {
+  const uint8_t* rows[kFloatRows];
+  const float* x[kFloatTokens];
+  float* y[kFloatRows][kFloatTokens];
+};
+
+// sums += vectors [begin, end) of the tile's rows, an even number of them; from 0, the sums begin there.
+template <Dtype D>
+inline void add_float_tile(const FloatTile& tile, size_t begin, size_t end, float* sums) {
+  using Chunk = FloatChunk<D>;
+  vec totals[kFloatRows][kFloatTokens][2];
+  auto sum_at = [&](size_t r, size_t t, size_t s) {
+    return sums + ((r * kFloatTokens + t) * 2 + s) * kLanes;
+  };
+  for (size_t r = 0; r < kFloatRows; ++r)
+    for (size_t t = 0; t < kFloatTokens; ++t)
+      for (size_t s = 0; s < 2; ++s) totals[r][t][s] = begin == 0 ? vec{} : load(sum_at(r, t, s));
+  for (size_t v = begin; v < end; v += 2)
+    for (size_t which = 0; which < 2; ++which)
+      for (size_t part = 0; part < Chunk::kParts; ++part) {
+        size_t sum = Chunk::kParts == 2 ? part : which;
+        vec inputs[kFloatTokens];
+        for (size_t t = 0; t < kFloatTokens; ++t)
+          inputs[t] = load(tile.x[t] + element_of<D>(v + which, part));
+        for (size_t r = 0; r < kFloatRows; ++r) {
+          vec weight = Chunk::part(tile.rows[r] + (v + which) * kVectorBytes, part);
+          hold(weight);
+          for (size_t t = 0; t < kFloatTokens; ++t)
+            totals[r][t][sum] = weight * inputs[t] + totals[r][t][sum];
+        }
+      }
+  for (size_t r = 0; r < kFloatRows; ++r)
+    for (size_t t = 0; t < kFloatTokens; ++t)
+      for (size_t s = 0; s < 2; ++s) store(sum_at(r, t, s), totals[r][t][s]);
+}
+
+// Adds the last vector of an odd number, and all lanes.
+template <Dtype D>
+inline void finish_float_tile(const FloatTile& tile, size_t vectors, const float* sums) {
+  for (size_t r = 0; r < kFloatRows; ++r)
+    for (size_t t = 0; t < kFloatTokens; ++t, sums += 2 * kLanes) {
+      vec totals[2] = {load(sums), load(sums + kLanes)};
+      for (size_t part = 0; vectors % 2 == 1 && part < FloatChunk<D>::kParts; ++part)
+        totals[part] = FloatChunk<D>::part(tile.rows[r] + (vectors - 1) * kVectorBytes, part) *
+                           load(tile.x[t] + element_of<D>(vectors - 1, part)) +
+                       totals[part];
+      *tile.y[r][t] = sum_lanes(totals[0] + totals[1]);
+    }
+}
+
+template <Dtype D>
+void dot_blocked_float(const StoredRows& w, const RowList& list, const Input& x, size_t tokens, void* scratch,
+                       float* y, size_t y_stride) {
+  size_t vectors = row_bytes(D, w.length) / kVectorBytes;
+  size_t block = tokens <= 8 ? round_up(vectors, 2) : kFloatBlock / kVectorBytes;
+  auto for_each_tile_of = [&](size_t j, size_t first_token, auto function) {
+    float* sums = static_cast<float*>(scratch);
+    for (size_t r = j; r < j + kRowBlock && r < list.count; r += kFloatRows)
+      for (size_t t = first_token; t < first_token + kTokenBlock && t < tokens; t += kFloatTokens) {
+        FloatTile tile;
+        for (size_t k = 0; k < kFloatTokens; ++k) {
+          size_t token = t + k < tokens ? t + k : tokens - 1;
+          tile.x[k] = x.values + token * x.stride;
+          for (size_t i = 0; i < kFloatRows; ++i) {
+            size_t row = list[r + i < list.count ? r + i : list.count - 1];
+            tile.rows[i] = w.row(row);
+            tile.y[i][k] = y + token * y_stride + row;
+          }
+        }
+        function(tile, sums);
+        sums += kFloatSums;
+      }
+  };
+  for (size_t j = 0; j < list.count; j += kRowBlock)
+    for (size_t t = 0; t < tokens; t += kTokenBlock)
+      for (size_t begin = 0; begin < vectors; begin += block) {
+        size_t end = begin + block < vectors ? begin + block : vectors;
+        for_each_tile_of(j, t, [&](const FloatTile& tile, float* sums) {
+          add_float_tile<D>(tile, begin, end / 2 * 2, sums);
+          if (end == vectors) finish_float_tile<D>(tile, vectors, sums);
+        });
+      }
+}
+
+}  // namespace
+}  // namespace relufy::RELUFY_KERNELS
