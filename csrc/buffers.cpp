@@ -27,7 +27,7 @@ Engine::Vectors Engine::make_vectors(size_t width, size_t tokens) const {
     v.pairs = make_buffer<int16_t>(tokens * width);
     v.groups = make_buffer<int16_t>(2 * tokens * width);
   }
-  if (tokens >= kFewestForPanels &&
+  if (tokens >= kFewestForTiles &&
       has_matrix([](const Matrix& m) { return !m.is_columns() && !is_integer(m.stored.dtype); }))
     v.tiles = make_buffer<float>(round_up_quotient(tokens, kTileTokens) * tile_size(width));
   if (decoder_.max_rank > 0) {

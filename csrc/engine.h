@@ -210,7 +210,7 @@ class Engine {
   // Ends the filling of vectors by many tokens: calls list() once, and makes the tiles that panels read.
   template <class List>
   void lay_out(std::span<Vectors* const> filled, size_t tokens, Team& team, List&& list) {
-    size_t tiles = tokens < kFewestForPanels ? 0 : round_up_quotient(tokens, kTileTokens);
+    size_t tiles = tokens < kFewestForTiles ? 0 : round_up_quotient(tokens, kTileTokens);
     team.for_each(1 + tiles * filled.size(), [&](size_t task) {
       if (task == 0)
         list();

@@ -29,7 +29,7 @@ static inline constexpr size_t padded(size_t n) { return round_up(n, kPadding); 
 // Of a tile of inputs, their values for kTileTokens tokens side by side. Every 32nd input is a step of one sum;
 // the sums' steps are odd in number, for they would share cache lines.
 constexpr size_t kTileTokens = 12, kTileWidth = 16;
-constexpr size_t kFewestForPanels = 48;  // tokens
+constexpr size_t kFewestForTiles = 24;  // tokens that are laid out so
 static inline constexpr size_t tile_steps(size_t width) { return (width / 32) | 1; }
 static inline constexpr size_t tile_size(size_t width) { return 32 * tile_steps(width) * kTileWidth; }
 

@@ -18,17 +18,16 @@ namespace {
 // ---- panels
 
 constexpr size_t kFloatPanel = 2;                                               // vectors of rows
-constexpr size_t kFloatTile = kRegisters == 32 ? kTileTokens : kTileTokens / 2;  // tokens
+constexpr size_t kFloatTile = kRegisters == 32 ? kTileTokens : kTileTokens / 2;  // tokens, at most
+constexpr size_t kFewSteps = 8;  // up to which both sums of a lane run side by side, for half as many tokens
 constexpr size_t kFloatOutputs = kFloatPanel * kLanes;
 constexpr size_t kFloatStepBytes = kFloatPanel * kVectorBytes;
 constexpr size_t kSumsOfDot = 2 * kLanes;
 constexpr size_t kLevels = __builtin_ctz(kSumsOfDot);  // of the tree
 constexpr size_t kTileSums = kFloatTile * kFloatOutputs;
 constexpr size_t kLinesAhead = 64;
-#ifndef UA
-#define UA 512
-#endif
-constexpr size_t kUnpackAhead = UA;
+constexpr size_t kUnpackAhead = 512;  // bytes of a row that is being unpacked; of shorter rows, the next panel's
+constexpr size_t kShortRowBytes = 4096;
 
 // The place of a lane in the order in which the tree reaches it, and the lane of a place: bits reversed.
 constexpr size_t leaf_of(size_t lane, size_t lanes = kLanes) {
@@ -57,16 +56,18 @@ struct FloatShape {
 
   size_t steps(size_t which) const { return kParts == 2 ? vectors : (vectors + 1 - which) / 2; }
 
-  // The first input of a step of either sum.
-  static size_t element(size_t step, size_t which) {
-    return kParts == 2 ? element_of<D>(step, which) : element_of<D>(2 * step + which, 0);
+  // What a step of a sum reads of a tile.
+  const float* input(const float* tile, size_t sum, size_t step) const {
+    if constexpr (kLanes == 16) return tile + (sum * tile_steps(width) + step) * kTileWidth;
+    size_t i = kParts == 2 ? element_of<D>(step, sum % 2) : element_of<D>(2 * step + sum % 2, 0);
+    return tile + place_in_tile(i + leaf_of(sum / 2), width);
   }
 };
 
 // kFloatOutputs rows of a list, the last one again where there are no more.
 struct FloatRows {
   size_t count, index[kFloatOutputs];
-  const uint8_t* rows[kFloatOutputs];
+  const uint8_t *rows[kFloatOutputs], *ahead[kFloatOutputs];
   bool is_run;
 
   FloatRows(const StoredRows& w, const RowList& list, size_t j)
@@ -75,6 +76,11 @@ struct FloatRows {
     for (size_t r = 0; r < kFloatOutputs; ++r) {
       index[r] = list[j + (r < count ? r : count - 1)];
       rows[r] = w.row(index[r]);
+      size_t next = j + r + kFloatOutputs;
+      if (w.stride > kShortRowBytes)
+        ahead[r] = rows[r] + kUnpackAhead;
+      else
+        ahead[r] = w.row(list[next < list.count ? next : list.count - 1]);
     }
   }
 
@@ -104,7 +110,7 @@ struct FloatRows {
           ivec lanes[kLanes];
           for (size_t r = 0; r < kLanes; ++r) {
             const uint8_t* at = rows[p * kLanes + r] + v * kVectorBytes;
-            if (part == 0) prefetch(at + kUnpackAhead);
+            if (part == 0) prefetch(ahead[p * kLanes + r] + v * kVectorBytes);
             lanes[r] = (ivec)FloatChunk<D>::part(at, part);
           }
           auto put = [&](size_t lane, ivec column) {
@@ -124,40 +130,64 @@ struct FloatRows {
   }
 };
 
+// A step of one sum, of T tokens.
+template <size_t T>
+inline __attribute__((always_inline)) void add_step(const uint8_t* weights, const float* inputs,
+                                                    vec sums[T][kFloatPanel]) {
+  vec held[kFloatPanel];
+  for (size_t v = 0; v < kFloatPanel; ++v) {
+    vec weight = load_as<vec>(weights + v * kVectorBytes);
+    hold(weight);
+    held[v] = weight;
+  }
+  prefetch(inputs + kLinesAhead * kTileWidth);
+  for (size_t t = 0; t < T; ++t) {
+    vec input = broadcast(inputs + t);
+    hold(input);
+    for (size_t v = 0; v < kFloatPanel; ++v) sums[t][v] = held[v] * input + sums[t][v];
+  }
+}
+
 // The sum `sum` of T tokens.
 template <Dtype D, size_t T>
 inline void add_steps(const FloatShape<D>& shape, const uint8_t* panel, size_t sum, const float* inputs,
                       vec sums[T][kFloatPanel]) {
-  if constexpr (kLanes == 16) inputs += sum * tile_steps(shape.width) * kTileWidth;
-  for (size_t step = 0; step < shape.steps(sum % 2); ++step) {
-    vec weights[kFloatPanel];
-    for (size_t v = 0; v < kFloatPanel; ++v) {
-      vec weight = load_as<vec>(panel + step * kFloatStepBytes + v * kVectorBytes);
-      hold(weight);
-      weights[v] = weight;
-    }
-    const float* at = inputs + step * kTileWidth;
-    if constexpr (kLanes < 16)
-      at = inputs + place_in_tile(shape.element(step, sum % 2) + leaf_of(sum / 2), shape.width);
-    prefetch(at + kLinesAhead * kTileWidth);
-    for (size_t t = 0; t < T; ++t) {
-      vec input = broadcast(at + t);
-      hold(input);
-      for (size_t v = 0; v < kFloatPanel; ++v) sums[t][v] = weights[v] * input + sums[t][v];
-    }
+  for (size_t step = 0; step < shape.steps(sum % 2); ++step)
+    add_step<T>(panel + step * kFloatStepBytes, shape.input(inputs, sum, step), sums);
+}
+
+// The sums `sum` and, apart, `sum` + 1, step by step; `sum` is even.
+template <Dtype D, size_t T>
+inline void add_both_steps(const FloatShape<D>& shape, const uint8_t* panel, size_t sum, const float* inputs,
+                           vec sums[T][kFloatPanel]) {
+  vec odd[T][kFloatPanel] = {};
+  size_t both = shape.steps(1);
+  for (size_t step = 0; step < both; ++step) {
+    const uint8_t* weights = panel + step * kFloatStepBytes;
+    add_step<T>(weights, shape.input(inputs, sum, step), sums);
+    add_step<T>(weights + shape.distance, shape.input(inputs, sum + 1, step), odd);
   }
+  if (shape.steps(0) > both)
+    add_step<T>(panel + both * kFloatStepBytes, shape.input(inputs, sum, both), sums);
+  for (size_t t = 0; t < T; ++t)
+    for (size_t v = 0; v < kFloatPanel; ++v) sums[t][v] = sums[t][v] + odd[t][v];
 }
 
 // The sums [first, first + shape.sums_at_once) of T tokens, and what of the tree they complete: `levels` has
-// kTileSums for each level.
+// kTileSums for each level. Half as many tokens leave room for two sums at a time.
 template <Dtype D, size_t T>
 inline void multiply_float(const FloatShape<D>& shape, const uint8_t* panel, size_t first, const float* inputs,
                            float* levels) {
-  for (size_t sum = first; sum < first + shape.sums_at_once; ++sum, panel += shape.distance) {
+  constexpr size_t kAtOnce = T <= kFloatTile / 2 ? 2 : 1;
+  for (size_t sum = first; sum < first + shape.sums_at_once; sum += kAtOnce) {
     vec sums[T][kFloatPanel] = {};
-    add_steps<D, T>(shape, panel, sum, inputs, sums);
-    float* level = levels;
-    for (size_t bits = sum; bits & 1; bits >>= 1, level += kTileSums)
+    if constexpr (kAtOnce == 2)
+      add_both_steps<D, T>(shape, panel, sum, inputs, sums);
+    else
+      add_steps<D, T>(shape, panel, sum, inputs, sums);
+    panel += kAtOnce * shape.distance;
+    float* level = levels + (kAtOnce - 1) * kTileSums;
+    for (size_t bits = sum / kAtOnce; bits & 1; bits >>= 1, level += kTileSums)
       for (size_t t = 0; t < T; ++t)
         for (size_t v = 0; v < kFloatPanel; ++v)
           sums[t][v] = load(level + t * kFloatOutputs + v * kLanes) + sums[t][v];
@@ -171,19 +201,21 @@ template <Dtype D>
 void dot_panels(const StoredRows& w, const RowList& list, const Input& x, size_t tokens, void* scratch, float* y,
                 size_t y_stride) {
   FloatShape<D> shape(w.length, x.stride);
+  constexpr size_t kTileLevels = (kLevels + 1) * kTileSums;
+  size_t tile = shape.steps(0) <= kFewSteps ? kFloatTile / 2 : kFloatTile;
   Carver carver(scratch);
   uint8_t* panel = carver.take<uint8_t>(shape.sums_at_once * shape.distance);
-  float* levels = carver.take<float>((kLevels + 1) * kTileSums * (tokens / kFloatTile + 1));
+  float* levels = carver.take<float>(kTileLevels * (tokens / kFloatTile + 1));
   bool is_whole = shape.sums_at_once == kSumsOfDot;
   for (size_t j = 0; j < list.count; j += kFloatOutputs) {
     FloatRows rows(w, list, j);
     for (size_t first = 0; first < kSumsOfDot; first += shape.sums_at_once) {
       rows.template unpack<D>(shape, first, panel);
       bool is_last = first + shape.sums_at_once == kSumsOfDot;
-      for (size_t t = 0; t < tokens; t += kFloatTile) {
-        float* own = levels + (is_whole ? 0 : t / kFloatTile * (kLevels + 1) * kTileSums);
+      for (size_t t = 0; t < tokens; t += tile) {
+        float* own = levels + (is_whole ? 0 : t / kFloatTile * kTileLevels);
         const float* inputs = x.tiles + t / kTileTokens * tile_size(x.stride) + t % kTileTokens;
-        size_t size = tokens - t < kFloatTile ? tokens - t : kFloatTile;
+        size_t size = tokens - t < tile ? tokens - t : tile;
         call_with<kFloatTile>(size, [&](auto T) { multiply_float<D, T()>(shape, panel, first, inputs, own); });
         if (is_last) rows.finish(own + kLevels * kTileSums, size, y + t * y_stride, y_stride);
       }

@@ -105,8 +105,10 @@ void test_dot(const Kernels& k, Dtype dtype) {
       for (size_t tokens : {1, 2, 3, 5, 8, 17}) test_dot(k, dtype, n, rows, tokens);
   for (size_t tokens : {2, 5, 33, 61, 128}) test_dot(k, dtype, 1100, 131, tokens);
   test_dot(k, dtype, 2600, 67, 33);
-  if (!is_integer(dtype))
-    for (size_t n : {31, 48, 2600, 5200}) test_dot(k, dtype, n, 67, 50);  // panels whole, and in parts
+  if (is_integer(dtype)) return;
+  for (size_t n : {2600, 5200, 9000}) test_dot(k, dtype, n, 67, 65);  // panels whole, in halves, in quarters
+  for (size_t n : {1, 31, 48, 192, 640})
+    for (size_t tokens : {24, 29, 47}) test_dot(k, dtype, n, 67, tokens);
 }
 
 // The largest sums that rows, inputs and weights can make are still exact.
