@@ -26,8 +26,8 @@ static inline constexpr size_t round_up(size_t n, size_t unit) { return (n + uni
 static inline constexpr size_t round_up_quotient(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline constexpr size_t padded(size_t n) { return round_up(n, kPadding); }
 
-// Of a tile of inputs, their values for kTileTokens tokens side by side. Every 32nd input is a step of one sum;
-// the sums' steps are odd in number, for they would share cache lines.
+// Of a tile of inputs, their values for kTileTokens tokens side by side. Every 32nd input is a step of one
+// sum; the sums' steps are odd in number, for they would share cache lines.
 constexpr size_t kTileTokens = 12, kTileWidth = 16;
 constexpr size_t kFewestForTiles = 24;  // tokens that are laid out so
 static inline constexpr size_t tile_steps(size_t width) { return (width / 32) | 1; }
@@ -85,8 +85,8 @@ struct Input {
                           // stride a token
   const float* scale;     // by token
   const int64_t* sum;     // of 256 * high + low, by token
-  // The values as panels of float rows read them, or null: a tile for each kTileTokens tokens, tile_size(stride)
-  // apart.
+  // The values as panels of float rows read them, or null: a tile for each kTileTokens tokens,
+  // tile_size(stride) apart.
   const float* tiles = nullptr;
 };
 
@@ -175,7 +175,8 @@ struct Kernels {
 };
 
 // Bytes of scratch for a call of `dot` with rows of up to `length` elements.
-static inline constexpr size_t kDotPanel = 288 << 10;  // bytes of unpacked weights, where rows are not too long
+static inline constexpr size_t kDotPanel = 288
+                                           << 10;  // bytes of unpacked weights, where rows are not too long
 static inline constexpr size_t dot_scratch(size_t length, size_t tokens) {
   if (tokens < 2) return 0;
   size_t longest = tile_steps(padded(length)) * 1024, panel = longest > kDotPanel ? longest : kDotPanel;

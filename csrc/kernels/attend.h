@@ -79,10 +79,14 @@ inline float exponentiate(float* scores, size_t first, size_t length, size_t rou
 
 // Parts of 16 lanes of values that are summed together: enough sums to hide the latency of one.
 template <size_t Q>
-constexpr size_t kPartsAtOnce = kRegisters * kLanes >= 128 * Q ? 4 : kRegisters * kLanes >= 64 * Q ? 2 : 1;
+constexpr size_t kPartsAtOnce = kRegisters * kLanes >= 128 * Q  ? 4
+                                : kRegisters * kLanes >= 64 * Q ? 2
+                                                                : 1;
 
 template <size_t Q>
-constexpr size_t kBlocksAtOnce = Q == 1 && kRegisters == 32 ? 4 : Q == 1 ? 2 : 1;
+constexpr size_t kBlocksAtOnce = Q == 1 && kRegisters == 32 ? 4
+                                 : Q == 1                   ? 2
+                                                            : 1;
 
 // sums[q] = the values' lanes [16 part, 16 (part + P)), weighed by the scores.
 template <Dtype D, size_t Q, size_t P>

@@ -4,6 +4,7 @@
 #include "blocked_dot.h"
 #include "blocked_dot_float.h"
 #include "blocked_scatter.h"
+#include "dot_panels.h"
 
 namespace relufy::RELUFY_KERNELS {
 namespace {

@@ -50,10 +50,14 @@ struct Tokens {
   }
 
   Input input(size_t t = 0) const {
-    return {&x[t * stride],     stride,
-            &high[t * stride],  &low[t * stride],
-            &pairs[t * stride], &groups[2 * t * stride],
-            &scale[t],          &sum[t],
+    return {&x[t * stride],
+            stride,
+            &high[t * stride],
+            &low[t * stride],
+            &pairs[t * stride],
+            &groups[2 * t * stride],
+            &scale[t],
+            &sum[t],
             t == 0 ? tiles.data() : nullptr};
   }
   Floats token(size_t t) const { return Floats(&x[t * stride], &x[t * stride] + n); }
