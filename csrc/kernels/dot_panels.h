@@ -25,7 +25,7 @@ constexpr size_t kTileSums = kFloatTile * kFloatOutputs;
 constexpr size_t kFewSteps = 8;     // of a sum: up to here tiles are narrow
 constexpr size_t kLinesAhead = 64;  // of a tile of inputs
 // While rows are unpacked, the next panel's are fetched; of longer ones, what lies so many bytes ahead.
-constexpr size_t kShortRowBytes = 4096, kUnpackAhead = 512;
+constexpr size_t kShortRowBytes = 8192, kUnpackAhead = 512;
 
 // The place of a lane in the order in which the tree reaches it, and the lane of a place: bits reversed.
 constexpr size_t leaf_of(size_t lane, size_t lanes = kLanes) {
@@ -75,7 +75,7 @@ struct FloatRows {
       index[r] = list[j + (r < count ? r : count - 1)];
       rows[r] = w.row(index[r]);
       size_t next = j + r + kFloatOutputs;
-      if (w.stride > kShortRowBytes)
+      if (row_bytes(w.dtype, w.length) > kShortRowBytes)
         ahead[r] = rows[r] + kUnpackAhead;
       else
         ahead[r] = w.row(list[next < list.count ? next : list.count - 1]);
