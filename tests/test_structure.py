@@ -20,6 +20,7 @@ BASE = {
     "text",
     "files",
     "errors",
+    "fingerprint",
     "hub",
     "recipes",
     "assets",
