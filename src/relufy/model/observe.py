@@ -30,7 +30,7 @@ class Observer:
         self._is_running = False
         self._mask: torch.Tensor | None = None
         self._last: tuple[Any, Any] = (None, None)
-        self._centred: tuple[Any, Any] = (None, None)
+        self._stand_in: tuple[Any, Any] = (None, None)
 
     @property
     def tokens(self) -> int:
@@ -58,19 +58,19 @@ class Observer:
     def end(self) -> None:
         """Stop counting until the next forward pass begins."""
         self._is_running = False
-        self._mask, self._last, self._centred = None, (None, None), (None, None)
+        self._mask, self._last, self._stand_in = None, (None, None), (None, None)
 
-    def note_centre(self, values: torch.Tensor, centre: torch.Tensor) -> None:
-        """Remember that a mask put its centre where nothing is read: the zeros of `values` are there."""
+    def count_instead(self, values: torch.Tensor, read: torch.Tensor) -> None:
+        """Remember that `read` has zeros where nothing is read of what a mask returned as `values`."""
         if self._is_running:
-            self._centred = (values, values - centre.to(values.dtype))
+            self._stand_in = (values, read)
 
     def count(self, site: str, layer: int, values: torch.Tensor) -> None:
         """Count the zeros of `values`, [..., width], at a site."""
         if not self._is_running:
             return
-        if values is self._centred[0]:
-            values = self._centred[1]
+        if values is self._stand_in[0]:
+            values = self._stand_in[1]
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
@@ -95,7 +95,8 @@ def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterat
     """Count zeros at every site of the model while this context lasts, and show `each` those of the tokens.
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
-    Where a mask has a centre, what counts as zero is what equals it. A fused projection counts at each site
+    Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
+    counted in that basis. A fused projection counts at each site
     that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
@@ -110,6 +111,8 @@ def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterat
         for module in model.modules():
             if isinstance(module, Selection) and module.centre is not None:
                 hooks.callback(module.register_forward_hook(_centre_hook(observer)).remove)
+            if isinstance(module, Selection) and module.rotation is not None:
+                hooks.callback(module.register_forward_hook(_rotation_hook(observer)).remove)
         for block in blocks:
             _attach(hooks, observer, block)
         yield observer
@@ -132,7 +135,11 @@ def _input_hook(observer: Observer, site: str, layer: int) -> Callable[..., None
 
 
 def _centre_hook(observer: Observer) -> Callable[..., None]:
-    return lambda module, _args, output: observer.note_centre(output, module.centre)
+    return lambda module, _args, output: observer.count_instead(output, output - module.centre.to(output.dtype))
+
+
+def _rotation_hook(observer: Observer) -> Callable[..., None]:
+    return lambda module, args, output: observer.count_instead(output, module.rotated(args[0]))
 
 
 def _output_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:
