@@ -144,8 +144,14 @@ def test_what_cannot_be_reached_is_a_row_with_the_most(make_checkpoint, texts: F
 
 
 def test_a_method_that_the_model_cannot_have_does_not_stop_the_others(make_checkpoint, texts: Files) -> None:
-    comparison = run(make_checkpoint(family="opt"), texts, "cats,scap", (0.1,), has_controls=False)
+    comparison = run(make_checkpoint(family="opt"), texts, "cats,scap", (0.3,), has_controls=False)
     assert "gate" in comparison.rows[0].reason and comparison.rows[1].outcome
+
+
+@pytest.mark.parametrize("family", ["opt", "llama-relu"])
+def test_own_zeros_of_the_model_are_part_of_the_target(make_checkpoint, texts: Files, family: str) -> None:
+    row = run(make_checkpoint(family=family), texts, "scap", (0.4,), has_controls=False).rows[0]
+    assert row.outcome.zeros.model_level_sparsity == pytest.approx(0.4, abs=0.04)
 
 
 def test_own_targets_are_the_paper_s_knob(make_checkpoint, texts: Files) -> None:

@@ -11,7 +11,7 @@ from relufy.methods.targets import (
     comparable_methods,
     method_at,
     method_with,
-    reachable_share,
+    unread_share,
 )
 from relufy.model.structure import find_blocks
 
@@ -52,7 +52,9 @@ def test_scap_has_the_share_at_both_inputs() -> None:
 
 def test_in_a_plain_mlp_neurons_save_columns_of_down_alone() -> None:
     weights = site_weights(blocks_of("opt")[0])
-    assert reachable_share("fatrelu", blocks_of("opt")) == weights["down"] / sum(weights.values())
+    assert unread_share("fatrelu", 1.0, blocks_of("opt")) == pytest.approx(
+        weights["down"] / sum(weights.values())
+    )
 
 
 def test_what_cannot_be_reached_says_how_much_can() -> None:
@@ -61,7 +63,7 @@ def test_what_cannot_be_reached_says_how_much_can() -> None:
         method_at("cats", 0.9, blocks)
     most = caught.value.most
     weights = site_weights(blocks[0])
-    assert most == (weights["up"] + weights["down"]) / sum(weights.values())
+    assert most == pytest.approx((weights["up"] + weights["down"]) / sum(weights.values()))
     assert method_at("cats", 0.999 * most, blocks).sparsity == pytest.approx(0.999)
     with pytest.raises(Unreachable):
         method_at("cats", most, blocks)
@@ -70,7 +72,30 @@ def test_what_cannot_be_reached_says_how_much_can() -> None:
 def test_the_paper_s_own_knob_is_taken_as_it_is() -> None:
     assert method_with("chess", 0.4) == Chess(sparsity=0.4)
     assert method_with("scap", 0.4) == Scap(sparsity=0.4, sparsity_down=0.4)
-    assert method_at("teal", 0.4, blocks_of("llama")) == Teal(sparsity=0.4)
+    assert method_with("teal", 0.4) == Teal(sparsity=0.4)
+
+
+def test_zeros_that_the_model_has_are_counted_once() -> None:
+    """In a plain MLP nobody masks down beside them; where a gate makes them, rows of up are theirs."""
+    for family, zeros in (
+        ("opt", {"down": (0.9, 0.9)}),
+        ("llama", {"neuron": (0.6, 0.6), "down": (0.6, 0.6)}),
+    ):
+        blocks = blocks_of(family)
+        weights = site_weights(blocks[0])
+        total, share = sum(weights.values()), method_at("teal", 0.5, blocks, zeros).sparsity
+        own = (
+            0.9 * weights["down"]
+            if family == "opt"
+            else 0.6 * weights["up"] + weights["down"] * max(0.6, share)
+        )
+        rest = total - weights["down"] - (weights["up"] if family == "llama" else 0)
+        assert own + share * rest == pytest.approx(0.5 * total)
+
+
+def test_a_target_below_the_model_s_own_zeros_is_refused() -> None:
+    with pytest.raises(UserError, match="the model's own zeros save"):
+        method_at("teal", 0.1, blocks_of("opt"), {"down": (0.95, 0.95)})
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.5, float("nan")])

@@ -31,9 +31,10 @@ from relufy.methods.comparison import Comparison, Control, Outcome, Row
 from relufy.methods.controls import CONTROLS, masked_shares, put_controls
 from relufy.methods.setting import Progress, no_progress
 from relufy.methods.sparsify import find, install, make_setting
-from relufy.methods.targets import Unreachable, check_method, check_target, method_at, method_with
+from relufy.methods.targets import check_method, check_target, method_at, method_with
 from relufy.methods.variant_costs import EngineCosts
 from relufy.model.checkpoint import load_model, load_tokenizer
+from relufy.model.configuration import sparsity_of
 from relufy.model.empty import refuse_without_sites
 from relufy.model.provenance import versions
 from relufy.model.sites import find_sites
@@ -152,8 +153,8 @@ class _Study:
         """Return the row of a method at a target."""
         try:
             method = self._method(name, target)
-        except Unreachable as error:
-            return Row(name, target, reason=str(error), most=error.most)
+        except UserError as error:
+            return Row(name, target, reason=str(error), most=getattr(error, "most", None))
         parameters = {"method": method_name(method)} | to_mapping(method)
         started = time.monotonic()
         try:
@@ -167,7 +168,9 @@ class _Study:
 
     def _method(self, name: str, target: float) -> Any:
         make = method_with(name, target) if self.options.own_targets else None
-        method = make or method_at(name, target, self.setting.blocks)
+        has_own = bool(sparsity_of(self.model).sparsifiers)
+        own = self.dense.zeros.sites if has_own else {}
+        method = make or method_at(name, target, self.setting.blocks, own)
         changes = {
             "all": {},
             "second-half": {"dense_first_tokens": self.scored.first},

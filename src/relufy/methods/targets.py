@@ -6,7 +6,7 @@ same share of weights is not read, in model-level terms. Whoever leaves a part o
 skip more of the rest, and cannot go beyond the share that is left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from relufy.errors import UserError
@@ -21,6 +21,13 @@ WITHOUT_TARGET = {
     "greedy": "greedy goes as far as a loss on the calibration text allows, so it has no target of its own",
 }
 """The methods that cannot be compared at a share, and why."""
+
+Zeros = Mapping[str, Sequence[float]]
+"""Site -> the share of zeros, one value per layer."""
+NO_ZEROS: Zeros = {}
+
+GATED = ("cats", "chess")
+"""The methods that need a gate."""
 
 
 class Unreachable(UserError):
@@ -44,23 +51,27 @@ def comparable_methods() -> list[str]:
     return [name for name in METHODS if name not in WITHOUT_TARGET]
 
 
-def method_at(name: str, target: float, blocks: Sequence[BlockSites]) -> Any:
+def method_at(name: str, target: float, blocks: Sequence[BlockSites], own: Zeros = NO_ZEROS) -> Any:
     """Return a method's parameters so that `target` of the blocks' linear weights is not read.
 
-    A skipped neuron counts with its row of up and its column of down. Raises Unreachable, naming the most
-    that can be reached, and UserError for a target outside (0, 1) or an unknown method.
+    A skipped neuron counts with its row of up and its column of down. `own` are the zeros that the model
+    makes by itself, as they were measured. Raises Unreachable, naming the most that can be reached, and
+    UserError for a target outside (0, 1), below what the model's own zeros reach, or an unknown method.
     """
     check_method(name)
     check_target(target)
-    most = reachable_share(name, blocks)
-    share = target / most if most else 1.0
-    if share >= 1:
+    if name in GATED and blocks[0].gate is None:
+        raise UserError(f"{name} needs a gate, and this model has a plain MLP")
+    least, most = (unread_share(name, share, blocks, own) for share in (0.0, 1.0))
+    if target >= most:
         raise Unreachable(
             f"{name} cannot leave {target:.0%} of the blocks' weights unread: it skips "
-            f"{SKIPS.get(name, 'none')}, which are {most:.1%} of them",
+            f"{SKIPS.get(name, 'columns of all projections')}, which are {most:.1%} of them",
             most,
         )
-    return _with_share(name, share)
+    if target <= least and least > 0:
+        raise UserError(f"{target:.0%} is not more than the {least:.1%} that the model's own zeros save")
+    return _with_share(name, _bisect(lambda share: unread_share(name, share, blocks, own), target))
 
 
 def method_with(name: str, value: float) -> Any:
@@ -70,12 +81,37 @@ def method_with(name: str, value: float) -> Any:
     return _with_share(name, value)
 
 
-def reachable_share(name: str, blocks: Sequence[BlockSites]) -> float:
-    """Return the share of the blocks' linear weights that a method's knob is about."""
-    parts = _PARTS.get(name, _everything)
+def unread_share(name: str, share: float, blocks: Sequence[BlockSites], own: Zeros = NO_ZEROS) -> float:
+    """Return the share of the blocks' linear weights that is not read with a method's knob at a share.
+
+    Where the model makes zeros of its own, a mask adds what it leaves out beyond them.
+    """
     weights = [site_weights(block) for block in blocks]
-    skipped = sum(of[site] for of, block in zip(weights, blocks, strict=True) for site in parts(block))
-    return skipped / sum(sum(of.values()) for of in weights)
+    unread = 0.0
+    for block, of in zip(blocks, weights, strict=True):
+        zeros = {site: values[block.index] for site, values in own.items()}
+        if "neuron" in zeros and block.gate is not None:
+            zeros["up"] = zeros["neuron"]
+        masked = set(_PARTS.get(name, _everything)(block)) - (_taken(name, block) if zeros else set())
+        unread += sum(of[s] * max(share * (s in masked), zeros.get(s, 0.0)) for s in of)
+    return unread / sum(sum(of.values()) for of in weights)
+
+
+def _taken(name: str, block: BlockSites) -> set[str]:
+    """Return what masks of inputs cannot make sparser where neurons have zeros of their own: the rows of up
+    that these skip, or in a plain MLP the columns of down."""
+    if _PARTS.get(name) in (_by_neuron, _by_neuron_q_and_o):
+        return set()
+    return {"up"} if block.gate is not None else {"down"}
+
+
+def _bisect(function: Callable[[float], float], target: float) -> float:
+    """Return where a function that grows from 0 to 1 reaches the target."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return high
 
 
 def check_target(target: float) -> None:
