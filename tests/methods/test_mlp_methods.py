@@ -66,13 +66,13 @@ def test_the_engine_agrees(name: str, bundled_by: Callable[[str], Path], tmp_pat
     path = pack(folder, tmp_path / "m")
     naive, engine = NaiveDecoder(path), relufy.Engine(path, threads=2)
     reading = relufy.Engine(path, skip=False)
-    for tokens in written_windows()[1][:12, 1:9].tolist():
+    for tokens in written_windows()[1][:8, 1:9].tolist():
         expected = naive.run(tokens)
         found = in_steps(engine, tokens, 1)
         compared += assert_close(hf_logits(folder, tokens), expected.logits, expected.margins)
         compared += assert_close(found, expected.logits, expected.margins)
         assert bits(found) == bits(all_at_once(engine, tokens)) == bits(all_at_once(reading, tokens))
-    assert compared > 40
+    assert compared > 25
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -17,6 +17,7 @@ from relufy.methods.setting import Found
 from relufy.methods.sketch import Sketch
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
+from relufy.model.configuration import sparsity_of
 from relufy.model.sparsifiers import apply_sparsity
 
 IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
@@ -83,19 +84,18 @@ def test_the_best_centre_errs_least() -> None:
 
 
 def test_where_no_centre_helps_there_is_none() -> None:
-    found = found_by(Scap(), bundled_model(), written_windows()[0])
-    assert not found.tensors and not any(s.per_channel for s in found.sparsifiers)
     model = sparsify(bundled_model(), Scap(), written_windows()[0])
+    assert not any(sparsifier.per_channel for sparsifier in sparsity_of(model).sparsifiers)
     assert model.config.hidden_act == "silu"
 
 
 def test_held_out_text_is_as_sparse_as_asked_for() -> None:
     calibration, held_out = written_windows()
-    for method in (Scap(), Scap(sparsity=0.5, sparsity_down=0.7, centre="median")):
-        realised = measure_sparsity(sparsify(bundled_model(), method, calibration), held_out)
-        assert realised.mean["up"] == realised.mean["gate"] == pytest.approx(method.sparsity, abs=0.02)
-        assert realised.mean["down"] == pytest.approx(method.sparsity_down, abs=0.02)
-        assert realised.mean["q"] == realised.mean["neuron"] == 0
+    model = sparsify(bundled_model(), Scap(sparsity=0.5, sparsity_down=0.7, centre="median"), calibration)
+    realised = measure_sparsity(model, held_out).mean
+    assert realised["up"] == realised["gate"] == pytest.approx(0.5, abs=0.02)
+    assert realised["down"] == pytest.approx(0.7, abs=0.02)
+    assert realised["q"] == realised["neuron"] == 0
 
 
 SITES = {
