@@ -27,4 +27,4 @@ def cats(method: Cats, setting: Setting) -> Found:
         Sparsifier(("neuron",), "threshold", threshold=sketch.quantile(method.sparsity), layers=(layer,))
         for layer, sketch in sketches.items()
     )
-    return Found(tuple(sparsifiers), notes=tuple(filter(None, (collected.note(),))))
+    return Found(tuple(sparsifiers), notes=(collected.note(),))
