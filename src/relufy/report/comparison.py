@@ -15,10 +15,11 @@ CONTROL_STYLES = {"random": (0, (1, 2)), "oracle": (0, (5, 2))}
 NUM_ENTRIES = 8
 """The most that a row of the legend holds."""
 MOST_TIMES_DENSE = 4.0
-"""Perplexities beyond so many times dense are drawn at the upper edge, as arrows."""
+"""Perplexities beyond so many times dense are written at the upper edge."""
 
 Document = Mapping[str, Any]
-Axis = Callable[[Mapping[str, Any]], float | None]
+Row = Mapping[str, Any]
+Axis = Callable[[Row], float | None]
 
 
 def plot_comparison(document: Document, output: Path) -> None:
@@ -51,11 +52,11 @@ def plot_comparison(document: Document, output: Path) -> None:
         plt.close(figure)
 
 
-def _unread(found: Mapping[str, Any]) -> float | None:
+def _unread(found: Row) -> float | None:
     return 100 * found["model_level_sparsity"]
 
 
-def _megabytes(found: Mapping[str, Any]) -> float | None:
+def _megabytes(found: Row) -> float | None:
     return found["bytes_engine"]["sparse"] / 1e6 if found["bytes_engine"] else None
 
 
@@ -63,49 +64,63 @@ def _paint(axes: Any, document: Document, place: Axis, label: str) -> None:
     dense = document["dense"]["perplexity"]["perplexity"]
     top = dense * _height(document, dense)
     axes.axhline(dense, color=DENSE, linewidth=1.2, label=f"dense {dense:.2f}", zorder=1)
-    methods = list(dict.fromkeys(row["method"] for row in document["rows"] if "perplexity" in row))
-    for index, method in enumerate(methods):
-        rows = [r for r in document["rows"] if r["method"] == method and "perplexity" in r and place(r)]
-        rows.sort(key=lambda row: place(row) or 0)
-        colour = COLOURS[index % len(COLOURS)]
-        xs = [place(row) for row in rows]
+    found = [row for row in document["rows"] if "perplexity" in row and place(row) is not None]
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in found)):
+        rows = sorted((row for row in found if row["method"] == method), key=lambda row: place(row) or 0.0)
+        _paint_method(axes, index, rows, [place(row) for row in rows], top)
+    if any(row["controls"] for row in found):
         for control, style in CONTROL_STYLES.items():
-            values = [
-                row["controls"].get(control, {}).get("perplexity", {}).get("perplexity") for row in rows
-            ]
-            _line(axes, xs, values, top, color=colour, linestyle=style, linewidth=1.0, alpha=0.45, zorder=2)
-        own = [row["perplexity"]["perplexity"] for row in rows]
-        marker = MARKERS[index % len(MARKERS)]
-        _line(
-            axes,
-            xs,
-            own,
-            top,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linewidth=1.8,
-            label=method,
-            zorder=3,
-        )
-        _arrows(axes, xs, own, top, colour)
-    if any(row.get("controls") for row in document["rows"]):
-        for control, style in CONTROL_STYLES.items():
-            label_of = f"{control} masks{_beyond(document, control, top)}"
-            axes.plot([], [], color=INK, linestyle=style, linewidth=1.0, alpha=0.6, label=label_of)
-    axes.set_ylim(dense - 0.04 * (top - dense), top)
+            name = f"{control} masks{_beyond(found, control, top)}"
+            axes.plot([], [], color=INK, linestyle=style, linewidth=1.0, alpha=0.6, label=name)
+    _scale(axes, dense, top)
     axes.set_xlabel(label)
     axes.grid(axis="y")
 
 
-def _beyond(document: Document, control: str, top: float) -> str:
+def _paint_method(axes: Any, index: int, rows: Sequence[Row], xs: Sequence[Any], top: float) -> None:
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    for control, style in CONTROL_STYLES.items():
+        values = [_control(row, control) for row in rows]
+        axes.plot(xs, values, color=colour, linestyle=style, linewidth=1.0, alpha=0.45, zorder=2)
+    own = [_number(row["perplexity"]["perplexity"]) for row in rows]
+    name = rows[0]["method"]
+    axes.plot(xs, own, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name, zorder=3)
+    _write_beyond(axes, xs, own, top, colour)
+
+
+def _scale(axes: Any, dense: float, top: float) -> None:
+    """Make a logarithmic axis with ticks at round numbers."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.FixedLocator(_round_numbers(dense, top)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_ylim(dense * (dense / top) ** 0.04, top)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return three to twelve round numbers of about equal ratios between two."""
+    from matplotlib.ticker import MaxNLocator
+
+    if high / low < 1.5:
+        return [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    values = [step * 10.0**power for power in range(-1, 8) for step in steps]
+    return [value for value in values if low <= value <= high]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _control(row: Row, control: str) -> float:
+    return _number(row["controls"].get(control, {}).get("perplexity", {}).get("perplexity"))
+
+
+def _beyond(rows: Sequence[Row], control: str, top: float) -> str:
     """Say so if all of a control's perplexities are beyond the upper edge."""
-    found = [
-        row["controls"][control]["perplexity"]["perplexity"]
-        for row in document["rows"]
-        if row.get("controls")
-    ]
-    least = min((value for value in found if value is not None), default=top)
+    least = min((value for row in rows if (value := _control(row, control)) > 0), default=top)
     return f" ({least:.0f} or more)" if least > top else ""
 
 
@@ -116,17 +131,11 @@ def _height(document: Document, dense: float) -> float:
     return max(1.02, min(1.05 * greatest / dense, MOST_TIMES_DENSE))
 
 
-def _line(axes: Any, xs: Sequence[Any], values: Sequence[float | None], top: float, **style: Any) -> None:
-    """Draw a line; what has no value, or is far beyond the edge, ends at a gap or leaves the panel."""
-    shown = [float("nan") if value is None else min(value, 50 * top) for value in values]
-    axes.plot(xs, shown, **style)
-
-
-def _arrows(axes: Any, xs: Sequence[Any], values: Sequence[float | None], top: float, colour: str) -> None:
+def _write_beyond(axes: Any, xs: Sequence[Any], values: Sequence[float], top: float, colour: str) -> None:
+    """Write what is beyond the upper edge, or no number, at that edge."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    style = {"color": colour, "fontsize": 8, "ha": "center", "va": "top", "bbox": box}
     for x, value in zip(xs, values, strict=True):
-        if value is None or value > top:
-            text = "NaN" if value is None else f"{value:.3g}"
-            axes.annotate(
-                text, (x, top), (0, -4), textcoords="offset points", color=colour, ha="center", va="top",
-                fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
+        if not value <= top:
+            text = "NaN" if value != value else f"{value:.3g}"
+            axes.annotate(text, (x, top), (0, -4), textcoords="offset points", **style)
