@@ -37,7 +37,7 @@ Splits = Mapping[Place, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a projection may read of its weights: `channels` columns of W, and a branch of `rank` (0: none)."""
+    """What a projection may read: `channels` columns of W, and a branch of `rank` (0: none)."""
 
     channels: int
     rank: int
@@ -65,7 +65,7 @@ def low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def rsparse(method: RSparse, setting: Setting) -> Found:
-    """Return thresholds for every projection's input, and a low-rank branch where that is worth its weights."""
+    """Return thresholds for every projection's input, and a low-rank branch where it is worth its weights."""
     windows = setting.text("rsparse")
     calibrated = _Calibrated(method, setting)
     collected = collect(setting, windows, calibrated.probes, "calibrating")
