@@ -3,6 +3,7 @@
 The best of parents and children are the next parents, so what is found is never worse than the start.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -40,8 +41,13 @@ def evolve(
             mutated = _mutated(ranked[random.integers(len(ranked))][1], random)
             children.append((loss(mutated), mutated))
             progress(2 + generation * population + child, total)
-        ranked = sorted(ranked + children, key=lambda pair: pair[0])[:num_parents]
+        ranked = sorted(ranked + children, key=_rank)[:num_parents]
     return ranked[0][1], ranked[0][0]
+
+
+def _rank(tried: tuple[float, dict]) -> float:
+    """Return a loss to sort by; what is no number comes last."""
+    return math.inf if math.isnan(tried[0]) else tried[0]
 
 
 def _mutated(parent: Mapping[Place, float], random: np.random.Generator) -> dict[Place, float]:
