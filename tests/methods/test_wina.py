@@ -59,6 +59,15 @@ def test_equal_norms_have_the_thresholds_of_teal(name: str) -> None:
     teal = found_by(Teal(allocation="uniform"), weighing_alike(name), windows)
     expected = {(site, s.layers): s.threshold for s in teal.sparsifiers for site in s.sites}
     assert {(site, s.layers): s.threshold for s in wina.sparsifiers for site in s.sites} == expected
+    assert len(expected) >= 12
+
+
+def test_an_input_with_enough_zeros_of_its_own_gets_no_mask() -> None:
+    relufied = sparsify(families.family("llama"), "relufy-stage1")
+    found = found_by(Wina(sparsity=0.3, allocation="uniform"), relufied, drawn_windows())
+    assert "down" not in {site for s in found.sparsifiers for site in s.sites}
+    assert not any(key[1] == "down" for key in found.tensors)
+    assert len(found.sparsifiers) == 12
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon"])

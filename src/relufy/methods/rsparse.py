@@ -121,18 +121,22 @@ class _Calibrated:
         return budget(*self._projections[place].shape, self._sparsity, channels)
 
     def selection(self, place: Place, channels: float) -> Selection:
-        """Return the mask of a projection's input, with its branch."""
+        """Return the mask of a projection's input, with its branch where that has anything to stand in for:
+        not where enough of the inputs are zeros by themselves."""
         (layer, group), spent = place, self.budget(place, channels)
         if not spent.rank:
             threshold = _cut(self._magnitudes[layer, self._firsts[place]], spent.sparsity)
             return Selection(
                 Sparsifier(group, "threshold", threshold=threshold, layers=(layer,)), {}, TokenPositions()
             )
+        threshold = _cut(self._scores[place], spent.sparsity)
+        if threshold == 0:
+            return self.selection(place, 1.0)
         inner, outer = self.factors(place)
         definition = Sparsifier(
             group,
             "threshold",
-            threshold=_cut(self._scores[place], spent.sparsity),
+            threshold=threshold,
             per_channel=("weight",),
             correction=LOW_RANK,
             layers=(layer,),
@@ -171,7 +175,7 @@ def _search(
             setting.calibration.seed,
             lambda done, total: setting.progress("searching splits", done, total),
         )
-    num_branches = sum(calibrated.budget(place, share).rank > 0 for place, share in splits.items())
+    num_branches = sum(bool(calibrated.selection(*pair).definition.correction) for pair in splits.items())
     note = (
         f"{num_branches} of {len(splits)} projections have a low-rank branch; the loss on the search's text "
         f"is {after:.4f} nats, {before:.4f} with thresholds alone"

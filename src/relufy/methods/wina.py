@@ -53,7 +53,8 @@ def wina(method: Wina, setting: Setting) -> Found:
     else:
         shares = greedy(setting, windows, mask_at, method.sparsity, method.step, method.most)
     chosen = [(layer, *pair) for layer, of_block in enumerate(shares) for pair in of_block.items()]
-    sparsifiers = tuple(selection(layer, group, share) for layer, group, share in chosen if share > 0)
+    found = [selection(layer, group, share) for layer, group, share in chosen if share > 0]
+    sparsifiers = tuple(s for s in found if s.threshold != 0)  # there, enough zeros come by themselves
     tensors = {(s.layers[0], s.sites[0], "weight"): norms[s.layers[0], s.sites[0]] for s in sparsifiers}  # type: ignore[index]
     return Found(sparsifiers, tensors, tuple(filter(None, (collected.note(),))))
 
