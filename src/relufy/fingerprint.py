@@ -7,7 +7,7 @@ and in bfloat16, and numpy is enough to compute it.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -55,6 +55,14 @@ def refuse_other_weight(where: str, name: str, expected: str, found: str) -> Non
             f"{where}: {name} has changed since sparsifiers' tensors were derived from it (trained, merged "
             "with an adapter, or cast to float16); calibrate again with `relufy sparsify`"
         )
+
+
+def refuse_missing_weight(where: str, name: str) -> NoReturn:
+    """Raise UserError because a weight that tensors were derived from is not there."""
+    raise UserError(
+        f"{where} lacks {name}, which sparsifiers' tensors were derived from; calibrate again with "
+        "`relufy sparsify`"
+    )
 
 
 def _as_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -77,7 +77,8 @@ def test_keeping_everything_is_exact_to_rounding(name: str) -> None:
 SITES = {
     "llama": [(("q", "k", "v"), True), (("gate", "up"), True), (("o",), False), (("down",), False)],
     "phi3": [(("q", "k", "v"), True), (("gate", "up"), True), (("o",), False), (("down",), False)],
-    "olmo2": [((site,), True) for site in ("q", "k", "v", "gate", "up")] + [(("o",), False), (("down",), False)],
+    "olmo2": [((site,), True) for site in ("q", "k", "v", "gate", "up")]
+    + [(("o",), False), (("down",), False)],
     "falcon": [(("q", "k", "v", "up"), True), (("o",), False), (("down",), False)],
     "cohere": [(("q", "k", "v", "gate", "up"), True), (("o",), False), (("down",), False)],
     "gpt2": [(("q", "k", "v"), True), (("up",), True), (("o",), False), (("down",), False)],
@@ -131,9 +132,10 @@ def test_correlated_inputs_err_less_than_with_plain_top_k() -> None:
     windows, held_out = drawn_windows(), drawn_windows(seed=1)
     model = sparsify(narrow(), LaRoSA(sparsity=0.7), windows)
     plain = ActivationSparsity(without_rotation(found_by(LaRoSA(sparsity=0.7), narrow(), windows)))
-    assert fidelity(narrow(), model, held_out).kl < fidelity(
-        narrow(), apply_sparsity(narrow(), plain), held_out
-    ).kl / 2
+    assert (
+        fidelity(narrow(), model, held_out).kl
+        < fidelity(narrow(), apply_sparsity(narrow(), plain), held_out).kl / 2
+    )
 
 
 def test_real_text_errs_less_than_with_plain_top_k() -> None:

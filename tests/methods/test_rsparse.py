@@ -199,7 +199,9 @@ def test_held_out_text_is_as_sparse_as_asked_for() -> None:
     found = measure_sparsity(model, held_out).sparsity
     blocks = find_sites(bundled_model())
     skipped = sum(found[g[0]][b.index] * parameters(b, g) for b in blocks for g in b.groups())
-    assert skipped / sum(parameters(b, g) for b in blocks for g in b.groups()) == pytest.approx(0.65, abs=0.02)
+    assert skipped / sum(parameters(b, g) for b in blocks for g in b.groups()) == pytest.approx(
+        0.65, abs=0.02
+    )
     assert all(s.correction == LOW_RANK for s in sparsity_of(model).sparsifiers)
     assert len(sparsity_of(model).sparsifiers) == 7 * len(blocks)
 

@@ -12,7 +12,7 @@ from relufy.engine.family import STEM, Source
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import DecoderSpec
 from relufy.errors import UserError
-from relufy.fingerprint import fingerprint, refuse_other_weight
+from relufy.fingerprint import fingerprint, refuse_missing_weight, refuse_other_weight
 
 IGNORED = ("*rotary_emb*", "*.attn.bias", "*.attention.bias", "*.masked_bias")
 """Tensors that old checkpoints hold and nobody needs: tables, and masks of attention."""
@@ -37,8 +37,8 @@ def mask_module(spec: DecoderSpec, layer: int, site: str) -> str:
 class SourceTensors:
     """Gives the tensors of a checkpoint. Raises UserError if it lacks one, or holds one that has no place.
 
-    `fingerprints` are those of weights that masks' tensors were derived from, by name: one that is read and
-    has another is refused.
+    `fingerprints` are those of weights that masks' tensors were derived from, by name: a weight with another
+    one is refused when it is read, a name that no weight has at once.
     """
 
     def __init__(
@@ -101,6 +101,9 @@ class SourceTensors:
             found = self._weights.shape(self._names.get(name, name))
             if found != shape:
                 raise UserError(f"{folder}: {name} has shape {list(found)}, config.json says {list(shape)}")
+        for name in self._fingerprints:
+            if name not in expected:
+                refuse_missing_weight(str(folder), name)
         known = {self._names.get(name, name) for name in expected}
         if self._spec.tied_head:
             head = self._family.module("head") + ".weight"

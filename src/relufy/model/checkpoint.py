@@ -85,6 +85,8 @@ def save_checkpoint(
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is not a whole model; merge its adapters first")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"the {type(model).__name__} has adapters of its own; merge or delete them first")
     refuse_quantized(model.config.to_dict(), type(model).__name__)
     check_model(model)
     with replacing(Path(folder)) as temporary:

@@ -10,7 +10,14 @@ from safetensors import safe_open
 from torch import nn
 
 from relufy.errors import UserError
-from relufy.fingerprint import DERIVED_FROM, fingerprint_of, recorded, refuse_other_weight, sampled
+from relufy.fingerprint import (
+    DERIVED_FROM,
+    fingerprint_of,
+    recorded,
+    refuse_missing_weight,
+    refuse_other_weight,
+    sampled,
+)
 from relufy.model.configuration import sparsity_of
 from relufy.model.places import Place
 
@@ -19,16 +26,14 @@ DERIVED = ("weight", "low_rank_in")
 
 
 def with_fingerprints(provenance: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
-    """Return a provenance that records the weights that tensors at these places were derived from.
-
-    What it records already stays: it is of tensors that the model had before.
-    """
-    before, found = recorded(provenance), {}
+    """Return a provenance that records the weights that tensors at these places were derived from, and no
+    others."""
+    found = {}
     for place in places:
         if any(name in place.tensors() for name in DERIVED):
             for projection in place.served().values():
-                name, weight = f"{projection.name}.weight", projection.module.weight
-                found[name] = before.get(name) or fingerprint_of_tensor(weight)  # type: ignore[arg-type]
+                weight: torch.Tensor = projection.module.weight  # type: ignore[assignment]
+                found[f"{projection.name}.weight"] = fingerprint_of_tensor(weight)
     rest = {key: value for key, value in provenance.items() if key != DERIVED_FROM}
     return rest | {DERIVED_FROM: found} if found else rest
 
@@ -45,7 +50,7 @@ def check_model(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for name, expected in recorded(sparsity_of(model).provenance).items():
         if name not in parameters:
-            raise UserError(f"{type(model).__name__} has no {name}, which its sparsifiers' tensors are of")
+            refuse_missing_weight(type(model).__name__, name)
         found = fingerprint_of_tensor(parameters[name])
         refuse_other_weight(type(model).__name__, name, expected, found)
 
@@ -61,7 +66,7 @@ def check_files(model: nn.Module, files: Iterable[str | Path]) -> None:
                 refuse_other_weight("the checkpoint", name, expected[name], found)
                 left.remove(name)
     if left:
-        raise UserError(f"the checkpoint lacks {min(left)}, which its sparsifiers' tensors are of")
+        refuse_missing_weight("the checkpoint", min(left))
 
 
 def refuse_training(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Counting the zeros at every site while a model runs."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,7 +31,8 @@ class Observer:
         self._is_running = False
         self._mask: torch.Tensor | None = None
         self._last: tuple[Any, Any] = (None, None)
-        self._stand_in: tuple[Any, Any] = (None, None)
+        self._stand_ins: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=2)
+        """Of a shared input and, where attention and MLP are parallel, of o between its readers."""
 
     @property
     def tokens(self) -> int:
@@ -58,19 +60,19 @@ class Observer:
     def end(self) -> None:
         """Stop counting until the next forward pass begins."""
         self._is_running = False
-        self._mask, self._last, self._stand_in = None, (None, None), (None, None)
+        self._mask, self._last = None, (None, None)
+        self._stand_ins.clear()
 
     def count_instead(self, values: torch.Tensor, read: torch.Tensor) -> None:
         """Remember that `read` has zeros where nothing is read of what a mask returned as `values`."""
         if self._is_running:
-            self._stand_in = (values, read)
+            self._stand_ins.append((values, read))
 
     def count(self, site: str, layer: int, values: torch.Tensor) -> None:
         """Count the zeros of `values`, [..., width], at a site."""
         if not self._is_running:
             return
-        if values is self._stand_in[0]:
-            values = self._stand_in[1]
+        values = next((read for masked, read in self._stand_ins if masked is values), values)
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
@@ -96,8 +98,8 @@ def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterat
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
     Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
-    counted in that basis. A fused projection counts at each site
-    that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not recognised.
+    counted in that basis. A fused projection counts at each site that it serves; a plain MLP has no `gate`.
+    Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
     observer = Observer(len(blocks), each)
