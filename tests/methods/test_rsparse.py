@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_the_error_falls_with_the_rank_at_a_fixed_threshold() -> None:
     for rank in range(18):
         inner, outer = low_rank(weight, rank)
         errors.append(float((dropped @ weight.T - dropped @ inner.double().T @ outer.double().T).norm()))
-    assert all(more > less for more, less in zip(errors, errors[1:], strict=False))
+    assert all(more > less for more, less in pairwise(errors))
     assert errors[-1] < 1e-5 * errors[0]
 
 
@@ -173,8 +174,8 @@ def test_the_search_is_never_worse_on_its_text_and_its_loss_is_the_models(start:
     assert int(found.notes[-1].split()[0]) == len(branches(found))
     assert branches(found) or start == 1
     own = windows[np.linspace(0, len(windows) - 1, method.windows, dtype=np.int64)]
-    for parameters, expected in ((method, after), (replace(method, search=False, channels=1.0), before)):
-        model = sparsify(planted(), parameters, windows)
+    for tried, expected in ((method, after), (replace(method, search=False, channels=1.0), before)):
+        model = sparsify(planted(), tried, windows)
         assert perplexity(model, own, 8).nats_per_token == pytest.approx(expected, abs=1e-4)
 
 

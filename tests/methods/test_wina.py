@@ -1,4 +1,4 @@
-"""WINA: plain magnitudes where all columns weigh the same, the right norms elsewhere, and the shares asked for."""
+"""WINA: plain magnitudes where all columns weigh the same, elsewhere the right norms; shares as asked for."""
 
 import pytest
 import torch

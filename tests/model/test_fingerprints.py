@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 import relufy
-import relufy.hf_plugin  # noqa: F401
+import relufy.hf_plugin
 from relufy.activation_sparsity import BLOCK_KEY, ActivationSparsity, Sparsifier
 from relufy.errors import UserError
 from relufy.fingerprint import SAMPLES, fingerprint, recorded, sampled
@@ -149,8 +149,10 @@ def test_calibrating_again_records_the_weights_of_now(tmp_path: Path) -> None:
     load_model(save_checkpoint(model, None, tmp_path / "saved"))
 
 
-@LOADS
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [(name, (load_model, by_transformers)[index % 2]) for index, name in enumerate(families.FAMILIES)],
+)
 def test_every_family_comes_back_and_is_refused_when_changed(
     name: str, load: Callable, tmp_path: Path
 ) -> None:
@@ -210,7 +212,8 @@ def test_packing_checks_every_recorded_weight(name: str, tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     relufy.pack(tmp_path, tmp_path / "packed.relufy", "int8")
     (tmp_path / "packed.relufy").unlink()
-    for changed in sorted(fingerprints(model))[::3]:
+    assert fingerprints(model).keys() <= load_file(tmp_path / "model.safetensors").keys()
+    for changed in sorted(fingerprints(model))[:: len(fingerprints(model)) - 1]:
         edit(tmp_path, changed, lambda weight: weight * 1.01)
         with pytest.raises(
             UserError, match=f"{changed} has changed .* calibrate again with `relufy sparsify`"
@@ -235,17 +238,17 @@ def test_a_step_of_training_is_a_change(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
-    with pytest.raises(UserError, match="LlamaForCausalLM: .*proj.weight has changed .*calibrate again"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM: .*proj.weight has changed .*calibrate again"):
         save_checkpoint(model, None, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     model.save_pretrained(tmp_path / "stock")
-    with pytest.raises(UserError, match="the checkpoint: .*proj.weight has changed"):
+    with pytest.raises(UserError, match=r"the checkpoint: .*proj.weight has changed"):
         load_model(tmp_path / "stock")
 
 
 def test_fine_tuning_is_refused() -> None:
     settings = Finetune(steps=1, batch_size=2, window=33)
-    with pytest.raises(UserError, match="derived from 14 of the weights.*fine-tune the model first"):
+    with pytest.raises(UserError, match=r"derived from 14 of the weights.*fine-tune the model first"):
         finetune(wina(), settings, drawn_windows())
 
 
@@ -256,10 +259,10 @@ def test_a_merged_adapter_is_refused_at_save_and_at_load(name: str, load: Callab
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     merged: Any = get_peft_model(wina(name), config).merge_and_unload()
-    with pytest.raises(UserError, match="has changed .*merged with an adapter"):
+    with pytest.raises(UserError, match=r"has changed .*merged with an adapter"):
         save_checkpoint(merged, None, tmp_path / "saved")
     merged.save_pretrained(tmp_path / "stock")
-    with pytest.raises(UserError, match="has changed .*merged with an adapter"):
+    with pytest.raises(UserError, match=r"has changed .*merged with an adapter"):
         load(tmp_path / "stock")
 
 

@@ -1,4 +1,4 @@
-"""Selections in a rotated basis: what they compute, what counts as zero there, and what they do not go with."""
+"""Selections in a rotated basis: what they compute, what counts as zero there, what they do not go with."""
 
 from collections.abc import Sequence
 from typing import Any
