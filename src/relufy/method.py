@@ -128,7 +128,18 @@ class RSparse(Selecting):
     channels: float = 1.0
     search: bool = True
     population: int = 8
+    """Splits that are tried in a generation of the search."""
     generations: int = 6
+    windows: int = 16
+    """Calibration windows that the search looks at the loss of."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.channels <= 1:
+            raise UserError(f"channels must lie between 0 and 1, found {self.channels}")
+        for name in ("population", "generations", "windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,9 @@ def _input_hook(observer: Observer, site: str, layer: int) -> Callable[..., None
 
 
 def _centre_hook(observer: Observer) -> Callable[..., None]:
-    return lambda module, _args, output: observer.count_instead(output, output - module.centre.to(output.dtype))
+    return lambda module, _args, output: observer.count_instead(
+        output, output - module.centre.to(output.dtype)
+    )
 
 
 def _rotation_hook(observer: Observer) -> Callable[..., None]:

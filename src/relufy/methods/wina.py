@@ -1,0 +1,63 @@
+"""WINA: weight-informed neuron activation (Chen et al., arXiv 2505.19427, ICLR 2026).
+
+Entries of a projection's input are kept by what they add to its output: by `|x_i| * norm(W[:, i])`, the
+threshold or the k greatest of each token (section 3, equation 3). Every projection has its own norms, so that
+readers of one input have masks of their own; a fused projection has the norms of its whole columns.
+
+The paper's bound on the error needs W with orthogonal columns. It gets them by rotating the residual stream
+with the singular vectors of k and gate, after folding the norms' gains into the weights. That is not done
+here: it rewrites every weight of the checkpoint, and puts another matrix on each residual connection. The
+score is as good a choice without it, only not provably the best.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from relufy.activation_sparsity import Sparsifier
+from relufy.method import Wina
+from relufy.methods.allocation import Group, greedy, uniform
+from relufy.methods.calibrate import Probe, collect
+from relufy.methods.inputs import column_norms, maskable_groups, num_kept
+from relufy.methods.setting import Found, Setting
+from relufy.methods.sketch import Sketch
+from relufy.model.selections import Selection, TokenPositions
+from relufy.model.trial import Mask
+
+
+def wina(method: Wina, setting: Setting) -> Found:
+    """Return the masks of every projection's input, with the norms of its columns."""
+    windows = setting.text("wina")
+    norms = {
+        (block.index, group[0]): column_norms(block.projections()[group[0]])
+        for block in setting.blocks
+        for group in maskable_groups(setting, block)
+    }
+    sketches = {place: Sketch() for place in norms}
+    probes = [Probe(*place, _scores_to(sketches[place], norms[place])) for place in norms]
+    collected = collect(setting, windows, probes, "calibrating")
+
+    def selection(layer: int, group: Group, share: float) -> Sparsifier:
+        """Return the sparsifier of a group of sites that leaves out a share of its inputs."""
+        shared = {"per_channel": ("weight",), "layers": (layer,)}
+        if method.select == "topk":
+            return Sparsifier(group, "topk", k=num_kept(len(norms[layer, group[0]]), share), **shared)
+        return Sparsifier(group, "threshold", threshold=sketches[layer, group[0]].quantile(share), **shared)
+
+    def mask_at(layer: int, group: Group, share: float) -> Mask:
+        tensors = {"weight": norms[layer, group[0]]}
+        return Selection(selection(layer, group, share), tensors, TokenPositions())
+
+    if method.allocation == "uniform":
+        shares = uniform(setting, method.sparsity)
+    else:
+        shares = greedy(setting, windows, mask_at, method.sparsity, method.step, method.most)
+    chosen = [(layer, *pair) for layer, of_block in enumerate(shares) for pair in of_block.items()]
+    sparsifiers = tuple(selection(layer, group, share) for layer, group, share in chosen if share > 0)
+    tensors = {(s.layers[0], s.sites[0], "weight"): norms[s.layers[0], s.sites[0]] for s in sparsifiers}  # type: ignore[index]
+    return Found(sparsifiers, tensors, tuple(filter(None, (collected.note(),))))
+
+
+def _scores_to(sketch: Sketch, norms: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Return what counts the scores of inputs `[positions, channels]`, in the arithmetic of Selection."""
+    return lambda x: sketch.add(norms * x.float().abs())
