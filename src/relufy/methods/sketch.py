@@ -47,6 +47,18 @@ class Sketch:
         lower, upper = _edges(key)
         return (below + inside * (threshold - lower) / (upper - lower)) / max(self.count, 1)
 
+    def mean_square_below(self, threshold: float) -> float:
+        """Return the sum of squares of magnitudes below a threshold, over the count of all values."""
+        bits = torch.tensor(threshold, dtype=torch.float32).view(torch.int32).item()
+        key = min(int(bits) >> _DROPPED_BITS, _BINS - 1)
+        keys = torch.arange(key + 1, dtype=torch.int32)
+        edges = torch.cat([keys, keys[-1:] + 1]) << _DROPPED_BITS
+        middles = edges.view(torch.float32).double().unfold(0, 2, 1).mean(-1)
+        squares = self._magnitudes[: key + 1] * middles.square()
+        lower, upper = _edges(key)
+        inside = float(squares[-1]) * (threshold - lower) / (upper - lower)
+        return (float(squares[:-1].sum()) + inside) / max(self.count, 1)
+
     def quantile(self, share: float) -> float:
         """Return the threshold that this share of magnitudes is below; 0 for a share that is 0 already."""
         wanted = share * self.count
