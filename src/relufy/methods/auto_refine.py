@@ -6,17 +6,16 @@ This sees what scores do not: how masks act on each other, and what second order
 text alone, so the selection text stays fit for decisions.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 
 from relufy.methods.auto_allocate import Choice, as_found
 from relufy.methods.auto_cost import Cost, Place
-from relufy.methods.auto_options import Factors, Prices
+from relufy.methods.auto_options import Chosen, Factors, Prices
 from relufy.methods.auto_trial import Trials
 
 LOOSENED = 0.75
-"""What a threshold is multiplied by, to see what its mask is worth."""
+"""What thresholds are multiplied by, to see what their masks are worth."""
 DAMPING = 0.5
 LARGEST_STEP = 2.0
 
@@ -25,27 +24,36 @@ def refined(trials: Trials, choices: Sequence[Choice], prices: Prices, factors: 
     """Return better factors, from the measured rates of exchange of the chosen masks."""
     masks = [choice.chosen for choice in choices]
     nats, cost = trials.kl(as_found(masks))
-    rates: dict[Place, float] = {}
-    for index, mask in enumerate(masks):
-        others = [*masks[:index], mask.moved(LOOSENED), *masks[index + 1 :]]
-        less, more = trials.kl(as_found(others))
-        lost = _price(more, prices) - _price(cost, prices)
-        if lost > 0:
-            rates[mask.option.place] = (nats - less) / lost
-    if not rates:
-        return dict(factors)
-    usual = statistics.median(rates.values())
-    if usual <= 0:
-        return dict(factors)
-    return dict(factors) | {
-        place: factors.get(place, 1.0) * _step(rate / usual) for place, rate in rates.items()
-    }
+    found = dict(factors)
+    for groups in (_by_site(masks), _by_layer(masks)):
+        rates: dict[frozenset[Place], float] = {}
+        for group in groups:
+            others = [mask.moved(LOOSENED) if mask.option.place in group else mask for mask in masks]
+            less, more = trials.kl(as_found(others))
+            lost = _price(more, prices) - _price(cost, prices)
+            if lost > 0:
+                rates[group] = (nats - less) / lost
+        usual = statistics.median(rates.values()) if rates else 0.0
+        for group, rate in rates.items() if usual > 0 else ():
+            for place in group:
+                found[place] = found.get(place, 1.0) * _step(rate / usual)
+    return found
+
+
+def _by_site(masks: Sequence[Chosen]) -> list[frozenset[Place]]:
+    sites = dict.fromkeys(mask.option.sites for mask in masks)
+    return [frozenset(m.option.place for m in masks if m.option.sites == site) for site in sites]
+
+
+def _by_layer(masks: Sequence[Chosen]) -> list[frozenset[Place]]:
+    layers = dict.fromkeys(mask.option.layer for mask in masks)
+    return [frozenset(m.option.place for m in masks if m.option.layer == layer) for layer in layers]
 
 
 def _step(ratio: float) -> float:
     """Return what a factor is multiplied by; a rate at or below 0 is noise about a mask that costs nothing."""
     step = max(ratio, 1e-3) ** DAMPING
-    return math.exp(min(max(math.log(step), -math.log(LARGEST_STEP)), math.log(LARGEST_STEP)))
+    return min(max(step, 1 / LARGEST_STEP), LARGEST_STEP)
 
 
 def _price(cost: Cost, prices: Prices) -> float:

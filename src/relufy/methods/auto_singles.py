@@ -46,7 +46,7 @@ def try_singles(frontier: Frontier, setting: Setting, clock: Clock) -> list[Untr
     for name, method in SINGLES.items():
         try:
             climb(frontier, name, _finder(method, quiet), WAY)
-        except UserError as error:
+        except (UserError, ModuleNotFoundError) as error:
             untried.append(Untried(name, str(error)))
         except TimeUp:
             untried.append(Untried(name, "no time left"))
