@@ -12,18 +12,12 @@ import pytest
 from conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "relufy"
-BASE = {
-    "recipe",
-    "method",
-    "activation_sparsity",
-    "schema",
-    "text",
-    "files",
-    "errors",
+BASE = {"recipe", "method", "activation_sparsity", "schema", "text", "text_sample", "files", "errors"} | {
     "hub",
     "recipes",
     "assets",
-} | {"plot_style"}
+    "plot_style",
+}
 WINGS_BELOW = {
     "cli": {"demo", "serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},

@@ -17,6 +17,7 @@ _PUBLIC = {
     "load_tokenizer": "relufy.model.checkpoint",
     "pack": "relufy.engine",
     "save_checkpoint": "relufy.model.checkpoint",
+    "site_table": "relufy.model.site_table",
     "sparsify": "relufy.methods.sparsify",
 }
 """Public name -> the module that has it. (Measuring is a wing of its own: `relufy.measure.measure`.)"""

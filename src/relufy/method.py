@@ -164,6 +164,8 @@ class GreedySequential(Selecting):
     """The factor that the loss may grow by at each accepted step."""
     step: float = 0.1
     """The first sparsity that is tried at a site, and what each further try adds."""
+    loss_tokens: int = 4096
+    """Tokens of the calibration text that the loss is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)

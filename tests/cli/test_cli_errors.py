@@ -9,6 +9,8 @@ import pytest
 from relufy.cli import main
 from relufy.errors import UserError
 
+TEAL = ["sparsify", "bundled", "-o", "out", "--recipe", "teal"]
+
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must be refused; return the one line that it says."""
@@ -54,6 +56,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["recipes", "relufy-stage3"], "did you mean 'relufy-stage2'"),
         (["sparsify", "bundled", "-o", "out", "--recipe", "dense-control"], "makes no zeros"),
         (["sparsify", "nowhere", "-o", "out", "--recipe", "relufy-stage1"], "no checkpoint folder nowhere"),
+        (
+            ["sparsify", "bundled", "-o", "out", "--recipe", "teal"],
+            "--calibration FILE, or --calibration self",
+        ),
+        ([*TEAL, "--calibration", "nowhere.txt"], "no text file nowhere.txt"),
+        ([*TEAL, "--calibration", "self", "--calibration", "x"], "either files or 'self'"),
+        ([*TEAL, "--calibration", "self", "--sparsity", "1"], "sparsity must lie between 0 and 1, found 1"),
+        ([*TEAL, "--calibration", "self", "--sparsity", "0"], "sparsity must lie between 0 and 1, found 0"),
+        ([*TEAL, "--calibration", "self", "--set", "calibrate.window=4096"], "longer than the 512"),
+        ([*TEAL, "--calibration", "self", "--set", "sparsify.allocation=best"], "expected one of 'greedy'"),
         (["cache"], "Missing command"),
         (["verify", "nowhere.relufy"], "nowhere.relufy"),
     ],

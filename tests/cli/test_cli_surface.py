@@ -35,7 +35,7 @@ SURFACE = {
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "recipes": "name",
-    "sparsify": "model -o --output --recipe --set",
+    "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --json",
     "verify": "file --json",
 }
 

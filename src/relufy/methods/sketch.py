@@ -64,14 +64,14 @@ class Sketch:
         wanted = share * self.count
         if wanted <= 0:
             return 0.0
-        cumulative = self._magnitudes.cumsum(0)
-        key = int(torch.searchsorted(cumulative, wanted))
-        key = min(key, int(self._magnitudes.nonzero().max()))
+        counts = self._magnitudes.numpy()
+        cumulative = counts.cumsum()
+        key = min(int((cumulative < wanted).sum()), int(counts.nonzero()[0].max()))
         if key == 0:
             return 0.0
-        before = cumulative[key].item() - self._magnitudes[key].item()
         lower, upper = _edges(key)
-        return lower + (upper - lower) * (wanted - before) / self._magnitudes[key].item()
+        before, inside = int(cumulative[key] - counts[key]), int(counts[key])
+        return lower + (upper - lower) * (wanted - before) / inside
 
     def median(self) -> float:
         """Return the value that half of the values are below."""

@@ -74,10 +74,11 @@ def find(method: Any, setting: Setting) -> Found:
 
 
 def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
-    """Put what a method found on the model, beside the activations with zeros that it has; return it."""
+    """Put what a method found on the model, and return it. Masks leave it its activations with zeros."""
     present = sparsity_of(setting.model)
-    sparsifiers = (*kept_activations(present.sparsifiers, found.sparsifiers), *found.sparsifiers)
-    sparsity = ActivationSparsity(sparsifiers, recipe=recipe.to_mapping())
+    leaves = isinstance(recipe.sparsify, Selecting | Auto)
+    kept = kept_activations(present.sparsifiers, found.sparsifiers) if leaves else []
+    sparsity = ActivationSparsity((*kept, *found.sparsifiers), recipe=recipe.to_mapping())
     provenance = present.provenance or base_provenance(setting.model)
     if setting.windows is not None:
         provenance = provenance | {"calibration_tokens": int(setting.windows.size)}
