@@ -192,7 +192,9 @@ class Auto:
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < 10:
-            raise UserError(f"budget is a share of the perplexity above 0, as 0.01 for 1 %, found {self.budget}")
+            raise UserError(
+                f"budget is a share of the perplexity above 0, as 0.01 for 1 %, found {self.budget}"
+            )
         if not 0 < self.minutes < float("inf"):
             raise UserError(f"minutes must be above 0, found {self.minutes}")
         if not 0 <= self.seed < 1 << 32:

@@ -159,7 +159,11 @@ class _Layer:
                 yield self._reading(name, rank * row_bytes(inputs, dtype) + outputs * row_bytes(rank, dtype))
 
     def _reading(
-        self, name: str, amount: float, how: Literal["stream", "rows", "columns"] = "stream", share: float = 1.0
+        self,
+        name: str,
+        amount: float,
+        how: Literal["stream", "rows", "columns"] = "stream",
+        share: float = 1.0,
     ) -> Reading:
         return Reading(KIND[name], amount, how, share, self.index, name)
 

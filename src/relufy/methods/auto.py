@@ -110,7 +110,7 @@ def search(
 
 
 def auto(method: Auto, setting: Setting) -> Found:
-    """Return what a search finds that deals the calibration text out to its three texts; `search` does more."""
+    """Return what a search finds, the calibration text dealt out to its three; `search` tells more."""
     texts = split(setting.text("auto"), method.seed)
     outcome = search(setting.model, texts, method, calibration=setting.calibration, progress=setting.progress)
     return outcome.found
@@ -118,11 +118,14 @@ def auto(method: Auto, setting: Setting) -> Found:
 
 def best(frontier: Frontier) -> tuple[Point, Found]:
     """Return the accepted candidate of least predicted time among those that save as many bytes as the best
-    single method does."""
+    single method does; where none is faster than dense, the one that saves most bytes."""
     single = best_single(frontier)
     most = single.bytes if single else math.inf
     allowed = [pair for pair in frontier.accepted if pair[0].bytes <= most]
-    return min(allowed, key=lambda pair: (pair[0].seconds, pair[0].bytes))
+    faster = [pair for pair in allowed if pair[0].time_saved > 0]
+    if not faster:
+        return min(allowed, key=lambda pair: pair[0].bytes)
+    return min(faster, key=lambda pair: (pair[0].seconds, pair[0].bytes))
 
 
 def best_single(frontier: Frontier) -> Point | None:

@@ -42,7 +42,10 @@ class Allocator:
     def choose(self, exchange: float) -> list[Choice]:
         """Return the masks that pay at an exchange rate, in nats a second or a byte."""
         layers = sorted({layer for layer, _site in self.options})
-        return [choice for layer in layers for choice in self._of_layer(layer, exchange)]
+        choices = [choice for layer in layers for choice in self._of_layer(layer, exchange)]
+        masked = {choice.chosen.option.place for choice in choices}
+        idle = (o for o in self.options.values() if o.function == "fatrelu" and o.place not in masked)
+        return [*choices, *(Choice(Chosen(option, option.ways[0], 0.0), 0.0, 0.0) for option in idle)]
 
     def exchange_for(self, nats: float) -> float:
         """Return the exchange rate at which the masks should cost so many nats a token."""

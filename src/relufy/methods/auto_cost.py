@@ -99,9 +99,7 @@ class CostModel:
         sites = Counter(site for _layer, site in shares)
         if "neuron" in sites:
             sites["down"] += 1
-        return {
-            site: [1 - _share(shares, layer, site) for layer in range(spec.num_layers)] for site in sites
-        }
+        return {site: [1 - _share(shares, layer, site) for layer in range(spec.num_layers)] for site in sites}
 
 
 def _share(shares: Mapping[Place, float], layer: int, site: str) -> float:

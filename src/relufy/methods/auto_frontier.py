@@ -10,6 +10,8 @@ from relufy.methods.auto_cost import Cost
 from relufy.methods.auto_trial import Outcome, Trials
 from relufy.methods.setting import Found
 
+LEAST_SAVED = 0.001
+"""What saves less of a token's bytes is no solution."""
 AIM = 0.97
 """What share of the budget a step of a climb aims at."""
 
@@ -36,7 +38,7 @@ class Point:
 
 @dataclass
 class Frontier:
-    """All points, and the sparsifiers of the accepted ones. Candidates that save no byte are never accepted."""
+    """All points, and the sparsifiers of the accepted ones, which save something."""
 
     trials: Trials
     limit: float
@@ -59,7 +61,8 @@ class Frontier:
 
     def closest(self) -> Point | None:
         """Return the point with the smallest bound among those that save something."""
-        return min((p for p in self.points if p.bytes_saved > 0), key=lambda p: p.bound, default=None)
+        saving = (point for point in self.points if point.bytes_saved >= LEAST_SAVED)
+        return min(saving, key=lambda point: point.bound, default=None)
 
     def _point(self, method: str, parameter: float, outcome: Outcome) -> Point:
         saved: Cost = outcome.cost.saved(self.trials.costs.dense)
@@ -67,7 +70,7 @@ class Frontier:
         return Point(
             method=method,
             parameter=parameter,
-            is_accepted=rise.bound <= self.limit and saved.bytes > 0,
+            is_accepted=rise.bound <= self.limit and saved.bytes >= LEAST_SAVED,
             bytes=outcome.cost.bytes,
             seconds=outcome.cost.seconds,
             bytes_saved=saved.bytes,
@@ -139,12 +142,14 @@ def refuse_unreachable(frontier: Frontier) -> None:
     """Raise UserError if nothing was accepted, naming what came closest."""
     if frontier.accepted:
         return
+    if not frontier.points:
+        raise UserError("the minutes were over before a single candidate was tried; give more with --minutes")
     closest = frontier.closest()
     reached = (
         f"the best reached is {math.expm1(closest.bound):.2g} (upper 95 % bound), with "
         f"{closest.bytes_saved:.1%} fewer bytes ({closest.method})"
         if closest
-        else "no mask saves a byte"
+        else f"no mask saved {LEAST_SAVED:.1%} of the bytes"
     )
     raise UserError(
         f"no masks keep the perplexity's rise within {math.expm1(frontier.limit):.2g} on the selection text; "

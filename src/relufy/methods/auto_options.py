@@ -1,8 +1,8 @@
 """The masks that the automatic search can put on a model, what each saves, and what each should cost."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,10 @@ class Option:
     ways: list[Scores] = field(repr=False)
     readings: dict[str, Reading] = field(repr=False)
     """How the projections that profit are read behind the mask, all of it; by site."""
+    function: Literal["threshold", "fatrelu"] = "threshold"
+    """A model's own ReLU can only become a FATReLU, with one threshold for a layer."""
+    least: float = 0.0
+    """The FATReLU's threshold that the model has already."""
 
     @property
     def place(self) -> Place:
@@ -82,11 +86,9 @@ def find_options(
     places = [draft.place for draft in drafts]
     can_centre = may_centre and _can_have_centres(setting)
     centred = {d.place for d in drafts if can_centre and not d.is_neuron}
-    scores = score_sites(setting, setting.windows, places, centred, seed, clock)
-    return {
-        draft.place: Option(draft.layer, draft.sites, scores[draft.place], draft.readings)
-        for draft in drafts
-    }
+    even = {draft.place for draft in drafts if draft.function == "fatrelu"}
+    scores = score_sites(setting, setting.windows, places, centred, even, seed, clock)
+    return {draft.place: replace(draft, ways=scores[draft.place]) for draft in drafts}
 
 
 def _drafts(setting: Setting, block: BlockSites, costs: CostModel) -> list[Option]:
@@ -94,21 +96,25 @@ def _drafts(setting: Setting, block: BlockSites, costs: CostModel) -> list[Optio
     present = sparsity_of(setting.model)
     taken = {site for site in SITES if present.at(site, block.index)}
     own = present.at("neuron", block.index)
-    masked = _masked(costs, tuple(block.projections()))
+    groups = [group for group in maskable_groups(setting, block) if not taken & set(group)]
     drafts = []
-    for group in maskable_groups(setting, block):
+    for group in groups:
+        masked = costs.matrices(Sparsifier(group, "threshold", threshold=1.0))
         profit = {site: masked[block.index, site] for site in group if not (own and site == "up")}
-        if profit and not taken & set(group):
+        if profit:
             drafts.append(Option(block.index, group, [], profit))
-    if block.gate is not None and own is None:
+    return [*drafts, *_neuron_draft(block, own, costs)]
+
+
+def _neuron_draft(block: BlockSites, own: Sparsifier | None, costs: CostModel) -> Iterator[Option]:
+    if own is None and block.gate is not None:
         skipped = costs.matrices(Sparsifier(("neuron",), "threshold", threshold=1.0))
         profit = {site: skipped[block.index, site] for site in ("up", "down")}
-        drafts.append(Option(block.index, ("neuron",), [], profit))
-    return drafts
-
-
-def _masked(costs: CostModel, sites: tuple[str, ...]) -> dict[Place, Reading]:
-    return costs.matrices(Sparsifier(sites, "threshold", threshold=1.0))
+        yield Option(block.index, ("neuron",), [], profit)
+    elif own is not None and own.function in ("relu", "fatrelu") and not own.shift:
+        found = {site: reading for (layer, site), reading in costs.streams().items() if layer == block.index}
+        profit = {site: found[site] for site in ("up", "down") if found[site].how != "stream"}
+        yield Option(block.index, ("neuron",), [], profit, "fatrelu", own.threshold or 0.0)
 
 
 def _can_have_centres(setting: Setting) -> bool:
@@ -129,6 +135,9 @@ class Chosen:
     threshold: float
 
     def sparsifier(self) -> Sparsifier:
+        if self.option.function == "fatrelu":
+            threshold = max(self.threshold / self._scale, self.option.least)
+            return Sparsifier(("neuron",), "fatrelu", threshold=threshold, layers=(self.option.layer,))
         has_centre = self.scores.centre is not None
         return Sparsifier(
             self.option.sites,
@@ -139,6 +148,8 @@ class Chosen:
         )
 
     def tensors(self) -> dict[tuple[int, str, str], torch.Tensor]:
+        if self.option.function == "fatrelu":
+            return {}
         found = {(*self.option.place, "weight"): self.scores.weight / self._scale}
         if self.scores.centre is not None:
             found[(*self.option.place, "centre")] = self.scores.centre

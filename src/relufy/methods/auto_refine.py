@@ -20,7 +20,9 @@ DAMPING = 0.5
 LARGEST_STEP = 2.0
 
 
-def refined(trials: Trials, choices: Sequence[Choice], prices: Prices, factors: Factors) -> dict[Place, float]:
+def refined(
+    trials: Trials, choices: Sequence[Choice], prices: Prices, factors: Factors
+) -> dict[Place, float]:
     """Return better factors, from the measured rates of exchange of the chosen masks."""
     masks = [choice.chosen for choice in choices]
     nats, cost = trials.kl(as_found(masks))
@@ -51,7 +53,7 @@ def _by_layer(masks: Sequence[Chosen]) -> list[frozenset[Place]]:
 
 
 def _step(ratio: float) -> float:
-    """Return what a factor is multiplied by; a rate at or below 0 is noise about a mask that costs nothing."""
+    """Return what a factor is multiplied by; a rate at or below 0 is noise about a free mask."""
     step = max(ratio, 1e-3) ** DAMPING
     return min(max(step, 1 / LARGEST_STEP), LARGEST_STEP)
 

@@ -1,4 +1,4 @@
-"""The search: climbs of the automatic allocation, of every single method, and corrections while there is time."""
+"""The search: climbs of the automatic allocation and of every single method, then corrections."""
 
 from dataclasses import dataclass, field
 
@@ -56,7 +56,9 @@ class Automatic:
         return _least(frontier, self) < before
 
 
-def run_search(frontier: Frontier, trials: Trials, setting: Setting, seed: int, clock: Clock) -> list[Untried]:
+def run_search(
+    frontier: Frontier, trials: Trials, setting: Setting, seed: int, clock: Clock
+) -> list[Untried]:
     """Fill a frontier until the search converges or its minutes are over; return what was not tried."""
     untried: list[Untried] = []
     try:

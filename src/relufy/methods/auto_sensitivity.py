@@ -1,16 +1,17 @@
 """How much the loss minds what is left out at each channel of each site.
 
 Leaving out an entry x_i of a projection's input changes the loss, to second order and with the cross terms
-taken to vanish, by KL = x_i^2 f_i / 2 nats, where f_i = E[(dL/dx_i)^2] is the diagonal of the Fisher information
+taken to vanish, by KL = x_i^2 f_i / 2 nats. f_i = E[(dL/dx_i)^2] is the diagonal of the Fisher information
 through that projection alone: gradients of -log p of tokens that the model itself draws. It is Optimal Brain
 Damage (LeCun et al., 1989) for activations, and one scale for all sites and layers. The score
-sqrt(f_i) |x_i - c_i| has WINA's form (arXiv 2505.19427), with what the loss minds in place of the column's norm;
-at `neuron` it has CHESS's.
+sqrt(f_i) |x_i - c_i| has WINA's form (arXiv 2505.19427), with what the loss minds in place of the norm of the
+column; at `neuron` it has CHESS's.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,22 +41,38 @@ class Scores:
     sketch: Sketch
 
     def share_below(self, threshold: float) -> float:
-        return self.sketch.share_below(threshold)
+        edges, shares, _squares = self._curves
+        return float(np.interp(threshold, edges, shares))
 
     def nats_below(self, threshold: float) -> float:
         """Return what leaving out all scores below a threshold costs a token."""
-        return self.sketch.mean_square_below(threshold) / 2 * len(self.weight)
+        edges, _shares, squares = self._curves
+        return float(np.interp(threshold, edges, squares)) / 2 * len(self.weight)
+
+    @cached_property
+    def _curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.sketch.curves()
 
 
 def score_sites(
-    setting: Setting, windows: np.ndarray, places: list[Place], centred: set[Place], seed: int, clock: Clock
+    setting: Setting,
+    windows: np.ndarray,
+    places: list[Place],
+    centred: set[Place],
+    even: set[Place],
+    seed: int,
+    clock: Clock,
 ) -> dict[Place, list[Scores]]:
-    """Return the ways of scoring each place: without a centre, and for some with the mean as one."""
+    """Return the ways of scoring each place: without a centre, and for some with the mean as one; `even`
+    places have one weight for all channels."""
     fisher, means = _fisher(setting, windows, places, seed, clock), _means(setting, windows, centred)
     scores: dict[Place, list[Scores]] = {}
     probes = []
     for place in places:
-        weight = (fisher[place] + FLOOR * fisher[place].mean()).sqrt().float()
+        minded = fisher[place] + FLOOR * fisher[place].mean()
+        if place in even:
+            minded = minded.mean().expand_as(minded)
+        weight = minded.sqrt().float()
         centres = [None, *([means[place]] if place in centred else [])]
         scores[place] = [Scores(weight, centre, Sketch()) for centre in centres]
         probes += [Probe(*place, _adder(way)) for way in scores[place]]

@@ -49,7 +49,7 @@ class Texts:
 
 
 def split(windows: np.ndarray, seed: int) -> Texts:
-    """Deal one stream of windows out to the three texts, in runs of neighbours. Raises UserError if too short.
+    """Deal one stream of windows out to the three texts, in runs of neighbours. Raises UserError if short.
 
     Windows that occur twice are kept once, so that no two texts share one.
     """

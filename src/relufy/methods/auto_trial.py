@@ -1,4 +1,4 @@
-"""Trying out what a method found: its masks on the model for a while, what passes them, and what they cost."""
+"""Trying out what a method found: its masks on the model for a while, what passes them, what they cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

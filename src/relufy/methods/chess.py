@@ -27,7 +27,9 @@ from relufy.methods.sketch import Sketch
 LARGEST_THRESHOLD = torch.finfo(torch.float16).max
 """For neurons whose mean |up| is next to nothing: finite in every type that a model may be cast to."""
 
-FUSED_NOTE = "q, k and v are one projection, so q cannot be masked alone: of the attention, o alone gets a mask"
+FUSED_NOTE = (
+    "q, k and v are one projection, so q cannot be masked alone: of the attention, o alone gets a mask"
+)
 
 
 def chess(method: Chess, setting: Setting) -> Found:

@@ -23,7 +23,9 @@ from relufy.model.configuration import sparsity_of
 def fatrelu(method: FatRelu, setting: Setting) -> Found:
     """Return the activation of every layer. Raises UserError for a model without ReLU."""
     if (method.phase, method.dense_first_tokens) != ("all", 0):
-        raise UserError("fatrelu is an activation: phase and dense_first_tokens are for masks, leave them out")
+        raise UserError(
+            "fatrelu is an activation: phase and dense_first_tokens are for masks, leave them out"
+        )
     present = sparsity_of(setting.model)
     relus = {block.index: _relu(present, block.index) for block in setting.blocks}
     windows = setting.text("fatrelu")
