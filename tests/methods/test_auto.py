@@ -9,7 +9,7 @@ import torch
 from relufy.errors import UserError
 from relufy.measure.quality import evaluating, log_likelihood
 from relufy.method import Auto, Teal
-from relufy.methods import auto_singles, auto_trial
+from relufy.methods import auto_search, auto_singles, auto_trial
 from relufy.methods.auto import Search, search
 from relufy.methods.auto_bound import Rise, rise
 from relufy.methods.sparsify import install, sparsify
@@ -20,14 +20,20 @@ BUDGET = 0.05
 
 
 @pytest.fixture(autouse=True)
-def few_singles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Leave one single method and one round of corrections."""
+    patch.setattr(auto_singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
+    patch.setattr(auto_search, "ROUNDS", 1)
 
 
 @pytest.fixture(scope="module")
 def outcome() -> Search:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto_singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
+        hurry(patch)
         model = auto_models.with_idle_layer(auto_models.sharp(), 1)
         return search(model, auto_models.own_texts(model), Auto(budget=BUDGET))
 
