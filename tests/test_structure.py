@@ -12,7 +12,16 @@ import pytest
 from conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "relufy"
-BASE = {"recipe", "method", "activation_sparsity", "schema", "text", "text_sample", "files", "errors"} | {
+BASE = {
+    "recipe",
+    "method",
+    "activation_sparsity",
+    "schema",
+    "text",
+    "text_sample",
+    "files",
+    "errors",
+    "fingerprint",
     "hub",
     "recipes",
     "assets",

@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "CompareOptions": "relufy.methods.compare",
     "Engine": "relufy.engine",
     "Recipe": "relufy.recipe",
     "UserError": "relufy.errors",
+    "compare": "relufy.methods.compare",
     "finetune": "relufy.train.finetune",
     "info": "relufy.engine.info",
     "load_model": "relufy.model.checkpoint",

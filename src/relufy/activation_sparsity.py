@@ -43,6 +43,9 @@ PER_CHANNEL = ("threshold", "weight", "centre")
 
 LOW_RANK = "low_rank"
 
+ROTATED_SITES = ("q", "k", "v", "gate", "up")
+"""The sites whose input may be rotated before a selection: those that read a hidden state."""
+
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """The names that Hugging Face configurations give their MLP's activation."""
 
@@ -64,6 +67,7 @@ _FUNCTIONS_WITH = {
     "sparsity": ("statistical_topk",),
     "per_channel": SELECTIONS,
     "correction": _MASKS,
+    "rotation": SELECTIONS,
     "phase": _MASKS,
     "dense_first_tokens": _MASKS,
 }
@@ -93,6 +97,8 @@ class Sparsifier:
     """Which of threshold, weight, centre are tensors in the checkpoint."""
     correction: str | None = None
     """"low_rank" adds `out (in (x - s(x)))` to the projection of s(x), with tensors in the checkpoint."""
+    rotation: bool = False
+    """Select in another basis: the projection reads `s(x Q) Q^T`, with the orthogonal Q in the checkpoint."""
     phase: str = "all"
     """"decode" leaves the tokens of the prompt as they are."""
     dense_first_tokens: int = 0
@@ -174,6 +180,10 @@ def _check_values(sparsifier: Sparsifier) -> None:
         raise UserError(f"unknown correction {sparsifier.correction!r} (known: {LOW_RANK})")
     if sparsifier.correction and (at_neuron or "centre" in sparsifier.per_channel):
         raise UserError("a correction needs the input of projections, without a centre")
+    if sparsifier.rotation and set(sparsifier.sites) - set(ROTATED_SITES):
+        raise UserError(f"a rotation needs the input of {', '.join(ROTATED_SITES)}")
+    if sparsifier.rotation and (sparsifier.per_channel or sparsifier.correction):
+        raise UserError("a rotation goes with one threshold or one k, without per_channel or correction")
     if sparsifier.phase not in ("all", "decode"):
         raise UserError(f"unknown phase {sparsifier.phase!r} (known: all, decode)")
     if sparsifier.dense_first_tokens < 0:

@@ -27,6 +27,9 @@ SURFACE = {
     "cache clear": "--json",
     "cache list": "--json",
     "chat": f"model --system --template --plain --max-new-tokens {CHOICE} {OPENING}",
+    "compare": "model --text --calibration --methods --targets --own-targets --mode --window --max-windows"
+    " --calibration-tokens --set --no-controls --speed --threads --dtype --seed --allow-same-text -o --output"
+    " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --set --resume --json",

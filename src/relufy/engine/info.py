@@ -12,6 +12,7 @@ from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import decoder_spec
 from relufy.engine.support import engine_support, num_parameters
 from relufy.errors import UserError
+from relufy.fingerprint import DERIVED_FROM, recorded
 from relufy.hub import config_folder, read_config, refuse_gguf, weight_files
 
 SIZES = {
@@ -77,9 +78,15 @@ def _config_info(config: Mapping[str, Any]) -> dict[str, Any]:
         "sizes": {n: described[k] for n, keys in SIZES.items() for k in keys if described.get(k) is not None},
         "sparsifiers": sparsity.to_block()["sparsifiers"],
         "recipe": sparsity.recipe.get("name"),
-        "provenance": sparsity.provenance,
+        "provenance": _provenance(sparsity.provenance),
         "engine": engine_support(config),
     }
+
+
+def _provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a provenance with the number of its fingerprints instead of them."""
+    found = recorded(provenance)
+    return {**provenance, DERIVED_FROM: f"{len(found)} weights"} if found else dict(provenance)
 
 
 def _packed_info(path: Path) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def _layer(sparsity: ActivationSparsity, own: str | None, family: Family, index:
     for site, mask in masks.items():
         if mask.function not in SELECTED_BY:
             raise UserError(f"the engine can't mask the input of {site} by {mask.function!r}")
+        if mask.rotation:
+            raise UserError(f"LaRoSA's rotation has no fast path in the engine (input of {site})")
     if neuron is None or neuron.is_selection:
         return LayerSpec(_own_activation(own), has_up_relu=family.has_up_relu, masks=masks)
     if neuron.function == "statistical_topk":

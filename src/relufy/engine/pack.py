@@ -28,6 +28,7 @@ from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.source_tensors import SourceTensors
 from relufy.engine.spec import DecoderSpec, decoder_spec
 from relufy.errors import UserError
+from relufy.fingerprint import recorded
 from relufy.hub import model_folder, read_config
 from relufy.schema import suggest
 
@@ -70,7 +71,8 @@ def pack(
     if weights is not None and adapters:
         raise ValueError("weights are packed as they are; lora is for a folder's own")
     tensors = weights if weights is not None else merged_weights(folder, spec, adapters)
-    packer = _Packer(spec, SourceTensors(tensors, spec), dtype, for_)
+    fingerprints = recorded(read_activation_sparsity(config).provenance)
+    packer = _Packer(spec, SourceTensors(tensors, spec, fingerprints), dtype, for_)
     blobs = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
     blobs |= side_files(adapters)
     blobs[METADATA] = json.dumps(_metadata(folder, config, adapters) | {"dtype": dtype, "for": for_}).encode()

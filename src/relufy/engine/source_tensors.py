@@ -3,7 +3,7 @@
 Also the check that all of them are there, in the shapes that config.json says, and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 
 import numpy as np
@@ -12,6 +12,7 @@ from relufy.engine.family import STEM, Source
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import DecoderSpec
 from relufy.errors import UserError
+from relufy.fingerprint import fingerprint, refuse_other_weight
 
 IGNORED = ("*rotary_emb*", "*.attn.bias", "*.attention.bias", "*.masked_bias")
 """Tensors that old checkpoints hold and nobody needs: tables, and masks of attention."""
@@ -34,10 +35,17 @@ def mask_module(spec: DecoderSpec, layer: int, site: str) -> str:
 
 
 class SourceTensors:
-    """Gives the tensors of a checkpoint. Raises UserError if it lacks one, or holds one that has no place."""
+    """Gives the tensors of a checkpoint. Raises UserError if it lacks one, or holds one that has no place.
 
-    def __init__(self, weights: SafetensorsFolder, spec: DecoderSpec):
+    `fingerprints` are those of weights that masks' tensors were derived from, by name: one that is read and
+    has another is refused.
+    """
+
+    def __init__(
+        self, weights: SafetensorsFolder, spec: DecoderSpec, fingerprints: Mapping[str, str] | None = None
+    ):
         self._weights, self._spec, self._family = weights, spec, spec.family
+        self._fingerprints = fingerprints or {}
         self._names = _names(weights, spec)
         self._check()
 
@@ -71,7 +79,11 @@ class SourceTensors:
         return self._part(self._family.source(site, layer), site, values) if is_output else values
 
     def _read(self, name: str) -> np.ndarray:
-        return self._weights.read(self._names.get(name, name))
+        values = self._weights.read(self._names.get(name, name))
+        if name in self._fingerprints:
+            found = fingerprint(values)
+            refuse_other_weight(str(self._weights.folder), name, self._fingerprints[name], found)
+        return values
 
     def _part(self, source: Source, name: str, whole: np.ndarray) -> np.ndarray:
         """Return the rows that belong to one projection, of the outputs of all that the module holds."""

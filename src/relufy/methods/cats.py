@@ -1,9 +1,9 @@
 """CATS: contextually-aware thresholding (Lee et al., arXiv 2404.08763, COLM 2024).
 
 With `g = act(x W_gate)`, a neuron is skipped where `|g_i| < t`: its row of up and its column of down are not
-read (section 3.2). The threshold t of a layer is the quantile of |g| over all its neurons and a text's tokens;
-the gate itself stays dense. The paper's thresholds come from a histogram of 20,000 equal bins over 500 samples,
-ours from a sketch whose bins have a relative width.
+read. The threshold t of a layer is the quantile of |g| over all its neurons and a text's tokens; the gate
+itself stays dense. The paper takes them from a histogram of 20,000 equal bins, we from a sketch of relative
+widths.
 """
 
 from relufy.activation_sparsity import Sparsifier
@@ -27,4 +27,4 @@ def cats(method: Cats, setting: Setting) -> Found:
         Sparsifier(("neuron",), "threshold", threshold=sketch.quantile(method.sparsity), layers=(layer,))
         for layer, sketch in sketches.items()
     )
-    return Found(tuple(sparsifiers), notes=tuple(filter(None, (collected.note(),))))
+    return Found(tuple(sparsifiers), notes=(collected.note(),))

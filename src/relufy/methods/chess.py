@@ -1,12 +1,12 @@
 """CHESS: channel-wise thresholding and selective sparsification (He et al., arXiv 2409.01366, EMNLP 2024).
 
 Zeroing `g_i = act(x W_gate)_i` changes the MLP's output by `g_i u_i W_down[:, i]`. The importance `|g_i u_i|`
-would need the very u that is to be skipped, so its mean stands in for it, `m_i = E|u_i|` (section 3.1):
+would need the very u that is to be skipped, so its mean stands in for it, `m_i = E|u_i|`:
 
     T = quantile of |g_i| m_i over the layer's neurons and tokens,   t_i = T / m_i,   skip i where |g_i| < t_i
 
 With `attention`, the inputs of q and o get one magnitude threshold each, while k and v, and so the KV cache,
-stay clean (section 3.2).
+stay clean.
 
 Where this differs from the released code: there, means and quantiles are computed for each document, in
 bfloat16, and averaged over documents whatever their length; here one quantile and one mean is of all tokens.
@@ -27,9 +27,7 @@ from relufy.methods.sketch import Sketch
 LARGEST_THRESHOLD = torch.finfo(torch.float16).max
 """For neurons whose mean |up| is next to nothing: finite in every type that a model may be cast to."""
 
-FUSED_NOTE = (
-    "q, k and v are one projection, so q cannot be masked alone: of the attention, o alone gets a mask"
-)
+FUSED_NOTE = "q, k and v are one projection, so q cannot have a mask of its own: only o has, in the attention"
 
 
 def chess(method: Chess, setting: Setting) -> Found:

@@ -23,9 +23,7 @@ from relufy.model.configuration import sparsity_of
 def fatrelu(method: FatRelu, setting: Setting) -> Found:
     """Return the activation of every layer. Raises UserError for a model without ReLU."""
     if (method.phase, method.dense_first_tokens) != ("all", 0):
-        raise UserError(
-            "fatrelu is an activation: phase and dense_first_tokens are for masks, leave them out"
-        )
+        raise UserError("fatrelu acts on every token: phase and dense_first_tokens are for masks")
     present = sparsity_of(setting.model)
     relus = {block.index: _relu(present, block.index) for block in setting.blocks}
     windows = setting.text("fatrelu")
@@ -44,14 +42,14 @@ def _relu(present: ActivationSparsity, layer: int) -> Sparsifier:
     neuron = present.at("neuron", layer)
     if neuron is None:
         raise UserError(
-            f"fatrelu needs a ReLU, and the activation of layer {layer} makes no zeros; relufy the model first "
-            "(recipe relufy-stage1)"
+            f"fatrelu needs a ReLU, and the activation of layer {layer} makes no zeros; relufy the model "
+            "first (recipe relufy-stage1)"
         )
     if neuron.function not in ("relu", "helu", FATRELU) or neuron.shift:
         shifted = f" with shift {neuron.shift:g}" if neuron.shift else ""
         raise UserError(
-            f"fatrelu stands in for a plain ReLU, and layer {layer} has {neuron.function}{shifted} at 'neuron'; "
-            "teal or scap can make it sparser"
+            f"fatrelu stands in for a plain ReLU, and layer {layer} has {neuron.function}{shifted} at "
+            "'neuron'; teal or scap can make it sparser"
         )
     return neuron
 
@@ -69,6 +67,6 @@ def _note(method: FatRelu, sketches: dict[int, Sketch]) -> str:
     if not kept:
         return ""
     return (
-        f"{len(kept)} of {len(sketches)} layers had {100 * method.sparsity:g} % zeros already and stay as they "
-        f"are (layers {', '.join(map(str, kept))})"
+        f"{len(kept)} of {len(sketches)} layers had {100 * method.sparsity:g} % zeros already and stay "
+        f"as they are (layers {', '.join(map(str, kept))})"
     )

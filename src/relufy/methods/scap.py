@@ -1,6 +1,6 @@
 """SCAP: statistical calibrated activation pruning (Chua et al., arXiv 2412.07174).
 
-Activations that gather around some other value than 0 are shifted before they are cut off (section 3.2):
+Activations that gather around some other value than 0 are shifted before they are cut off:
 
     x ~ m + h_t(x - m),   y = h_t(x - m) W + m (1 W),   h_t(v) = v where |v| >= t, else 0
 
@@ -28,13 +28,14 @@ from relufy.methods.calibrate import Probe, collect
 from relufy.methods.inputs import maskable_groups
 from relufy.methods.setting import Found, Setting
 from relufy.methods.sketch import Sketch
-from relufy.model.configuration import find_activation_key
+from relufy.model.configuration import find_activation_key, sparsity_of
 from relufy.model.structure import BlockSites, Projection
 
 ERROR_TOKENS = 2048
 """Positions that the candidates' output errors are measured on."""
 WORTHWHILE = 0.99
 """The share of the error without a centre that the error with one must stay below."""
+LEAST_THRESHOLD = float(np.finfo(np.float32).tiny)
 
 Input = tuple[int, tuple[str, ...]]
 """A layer, and the sites that read one tensor."""
@@ -43,8 +44,10 @@ Sketches = Mapping[Input, Mapping[float, Sketch]]
 
 
 def scap(method: Scap, setting: Setting) -> Found:
-    """Return thresholds around centres. Raises UserError for a centre that the model cannot have."""
+    """Return thresholds around centres. Raises UserError for a centre that the model cannot have, and for
+    one with a ReLU on the MLP's input."""
     windows = setting.text("scap")
+    _refuse_rectified(setting)
     choice, note = _possible_centres(method, setting)
     values = {place: Sketch() for block in setting.blocks for place in _inputs(setting, block)}
     probes = [Probe(layer, sites[0], sketch.add) for (layer, sites), sketch in values.items()]
@@ -61,6 +64,16 @@ def scap(method: Scap, setting: Setting) -> Found:
         sparsifiers += _masks(setting, place, thresholds[place][centre], bool(centre))
         tensors |= _centre_tensors(setting, place, centre)
     return Found(tuple(sparsifiers), tensors, tuple(filter(None, (collected.note(), note))))
+
+
+def _refuse_rectified(setting: Setting) -> None:
+    present = sparsity_of(setting.model)
+    for block in setting.blocks:
+        if (found := present.at("up", block.index)) is not None:
+            raise UserError(
+                f"scap masks the MLP's input, where layer {block.index} has {found.function} already; start "
+                "from a model without it"
+            )
 
 
 def _possible_centres(method: Scap, setting: Setting) -> tuple[str, str]:
@@ -164,12 +177,14 @@ def _weight(projection: Projection) -> torch.Tensor:
 
 
 def _masks(setting: Setting, place: Input, threshold: float, has_centre: bool) -> Iterator[Sparsifier]:
-    """Yield one sparsifier for the readers of an input if it is made by a norm, one for each if not; none at
-    a threshold of 0, where the input has enough zeros of its own."""
-    if not threshold:
+    """Yield one sparsifier for the readers of an input if it is made by a norm, one for each if not; none
+    where the input has enough zeros of its own."""
+    if not threshold and not has_centre:
         return
     layer, sites = place
     block = setting.blocks[layer]
+    # What equals its centre is left out too, be it all of the share that was asked for.
+    threshold = max(threshold, LEAST_THRESHOLD)
     is_shared = block.mlp_norm is not None or sites == ("down",)
     for group in [sites] if is_shared else [g for g in block.groups() if set(g) <= set(sites)]:
         per_channel = ("centre",) if has_centre else ()

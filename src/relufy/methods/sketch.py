@@ -6,7 +6,7 @@ choose beforehand. Counts are whole numbers, so sketches of parts of a text add 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -75,15 +75,15 @@ class Sketch:
     def median(self) -> float:
         """Return the value that half of the values are below."""
         edges, below = self._distribution()
-        return _unless_zero(float(np.interp(0.5, below, edges)))
+        return _unless_zero(float(_values_at([0.5], edges, below)[0]))
 
     def mode(self) -> float:
         """Return the peak of a Gaussian kernel density estimate, sought in the middle 98 % of the values.
 
-        Its width is Silverman's (1986, equation 3.31): 0.9 min(deviation, interquartile range / 1.34) n**-0.2.
+        Its width is `0.9 min(deviation, interquartile range / 1.34) n**-0.2` (Silverman 1986, eq. 3.31).
         """
         edges, below = self._distribution()
-        low, first, third, high = np.interp((0.01, 0.25, 0.75, 0.99), below, edges)
+        low, first, third, high = _values_at([0.01, 0.25, 0.75, 0.99], edges, below)
         step = (high - low) / _GRID
         middles = low + step * (np.arange(_GRID) + 0.5)
         deviation = _deviation(middles, _shares(low + step * np.arange(_GRID + 1), edges, below))
@@ -117,6 +117,13 @@ def merged(sketches: Iterable[Sketch]) -> Sketch:
     return total
 
 
+def _values_at(shares: Sequence[float], edges: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return the least values that shares greater than 0 are below."""
+    bins = np.searchsorted(below, shares) - 1
+    inside = (np.array(shares) - below[bins]) / (below[bins + 1] - below[bins])
+    return edges[bins] + inside * (edges[bins + 1] - edges[bins])
+
+
 def _shares(cuts: np.ndarray, edges: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Return the share of values between neighbouring cuts."""
     return np.diff(np.interp(cuts, edges, below))
@@ -136,4 +143,4 @@ def _edges(key: int) -> tuple[float, float]:
 
 def _unless_zero(value: float, width: float = 0.0) -> float:
     """Return a value, or 0 if it is nearer to it than `width`, or in the bin of 0."""
-    return 0.0 if abs(value) < max(width, _edges(0)[1]) else value
+    return 0.0 if abs(value) <= max(width, _edges(0)[1]) else value

@@ -15,6 +15,7 @@ from relufy.errors import UserError
 from relufy.method import METHODS, Auto, Relufication, Selecting, method_name
 from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.model.configuration import refuse_quantized, sparsity_of
+from relufy.model.fingerprints import with_fingerprints
 from relufy.model.places import Place, find_places
 from relufy.model.provenance import base_provenance
 from relufy.model.sites import find_sites
@@ -82,7 +83,9 @@ def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
     provenance = present.provenance or base_provenance(setting.model)
     if setting.windows is not None:
         provenance = provenance | {"calibration_tokens": int(setting.windows.size)}
-    tensors = _named(find_places(setting.blocks, sparsity), found.tensors)
+    places = find_places(setting.blocks, sparsity)
+    provenance = with_fingerprints(provenance, places)
+    tensors = _named(places, found.tensors)
     return apply_sparsity(setting.model, replace(sparsity, provenance=provenance), tensors)
 
 

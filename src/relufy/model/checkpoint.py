@@ -20,6 +20,7 @@ from relufy.errors import UserError
 from relufy.files import replacing
 from relufy.hub import model_folder, read_config, weight_files
 from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
+from relufy.model.fingerprints import check_model
 from relufy.model.plugin import register
 from relufy.model.provenance import versions
 from relufy.model.sparsifiers import install_sparsity
@@ -80,11 +81,12 @@ def save_checkpoint(
     """Write the model, in the dtype that it has, and the tokenizer to a new folder, whole or not at all.
 
     `provenance` is added to the block's own, with the versions used. Raises UserError if the folder is
-    occupied.
+    occupied, and for a model whose weights are no longer those that its sparsifiers' tensors were made of.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is not a whole model; merge its adapters first")
     refuse_quantized(model.config.to_dict(), type(model).__name__)
+    check_model(model)
     with replacing(Path(folder)) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:

@@ -10,6 +10,9 @@ from torch import nn
 from relufy.model.selections import Selection
 from relufy.model.structure import BlockSites, find_blocks, stack_name
 
+ZerosOfTokens = Callable[[str, int, torch.Tensor], None]
+"""Called with a site, a layer, and the number of zeros at each token, `[batch * time]`."""
+
 
 class Observer:
     """Exact zero counts per site and layer, summed over every forward pass that ran while it was attached.
@@ -18,15 +21,16 @@ class Observer:
     attention mask marks as padding do not. What gradient checkpointing computes again is not counted again.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, each: ZerosOfTokens | None = None) -> None:
         self._num_layers = num_layers
+        self._each = each
         self._zeros: dict[str, list[Any]] = {}
         self._widths: dict[str, int] = {}
         self._tokens: Any = 0
         self._is_running = False
         self._mask: torch.Tensor | None = None
         self._last: tuple[Any, Any] = (None, None)
-        self._centred: tuple[Any, Any] = (None, None)
+        self._stand_in: tuple[Any, Any] = (None, None)
 
     @property
     def tokens(self) -> int:
@@ -54,26 +58,28 @@ class Observer:
     def end(self) -> None:
         """Stop counting until the next forward pass begins."""
         self._is_running = False
-        self._mask, self._last, self._centred = None, (None, None), (None, None)
+        self._mask, self._last, self._stand_in = None, (None, None), (None, None)
 
-    def note_centre(self, values: torch.Tensor, centre: torch.Tensor) -> None:
-        """Remember that a mask put its centre where nothing is read: the zeros of `values` are there."""
+    def count_instead(self, values: torch.Tensor, read: torch.Tensor) -> None:
+        """Remember that `read` has zeros where nothing is read of what a mask returned as `values`."""
         if self._is_running:
-            self._centred = (values, values - centre.to(values.dtype))
+            self._stand_in = (values, read)
 
     def count(self, site: str, layer: int, values: torch.Tensor) -> None:
         """Count the zeros of `values`, [..., width], at a site."""
         if not self._is_running:
             return
-        if values is self._centred[0]:
-            values = self._centred[1]
+        if values is self._stand_in[0]:
+            values = self._stand_in[1]
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
-            self._last = (values, ((values.flatten(0, -2) == 0).sum(-1) * self._kept(values)).sum())
+            self._last = (values, (values.flatten(0, -2) == 0).sum(-1) * self._kept(values))
         self._widths[site] = values.shape[-1]
         layers = self._zeros.setdefault(site, [0] * self._num_layers)
-        layers[layer] = layers[layer] + self._last[1]
+        layers[layer] = layers[layer] + self._last[1].sum()
+        if self._each is not None:
+            self._each(site, layer, self._last[1])
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         """Return which rows are tokens, not padding: bool [rows]."""
@@ -85,15 +91,16 @@ class Observer:
 
 
 @contextmanager
-def observe_sites(model: nn.Module) -> Iterator[Observer]:
-    """Count zeros at every site of the model while this context lasts.
+def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterator[Observer]:
+    """Count zeros at every site of the model while this context lasts, and show `each` those of the tokens.
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
-    Where a mask has a centre, what counts as zero is what equals it. A fused projection counts at each site
+    Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
+    counted in that basis. A fused projection counts at each site
     that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
-    observer = Observer(len(blocks))
+    observer = Observer(len(blocks), each)
     with ExitStack() as hooks:
         stack = model.get_submodule(stack_name(blocks))
         begin = stack.register_forward_pre_hook(
@@ -104,6 +111,8 @@ def observe_sites(model: nn.Module) -> Iterator[Observer]:
         for module in model.modules():
             if isinstance(module, Selection) and module.centre is not None:
                 hooks.callback(module.register_forward_hook(_centre_hook(observer)).remove)
+            if isinstance(module, Selection) and module.rotation is not None:
+                hooks.callback(module.register_forward_hook(_rotation_hook(observer)).remove)
         for block in blocks:
             _attach(hooks, observer, block)
         yield observer
@@ -126,7 +135,13 @@ def _input_hook(observer: Observer, site: str, layer: int) -> Callable[..., None
 
 
 def _centre_hook(observer: Observer) -> Callable[..., None]:
-    return lambda module, _args, output: observer.note_centre(output, module.centre)
+    return lambda module, _args, output: observer.count_instead(
+        output, output - module.centre.to(output.dtype)
+    )
+
+
+def _rotation_hook(observer: Observer) -> Callable[..., None]:
+    return lambda module, args, output: observer.count_instead(output, module.rotated(args[0]))
 
 
 def _output_hook(observer: Observer, site: str, layer: int) -> Callable[..., None]:

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
-from relufy.model.structure import BlockSites
+from relufy.model.structure import BlockSites, Projection
 
 Shape = tuple[int | None, ...]
 """A tensor's shape; None where any size will do."""
@@ -37,7 +37,16 @@ class Place:
         shapes: dict[str, Shape] = {name: (self.width,) for name in self.sparsifier.per_channel}
         if self.sparsifier.correction:
             shapes |= {"low_rank_in": (None, self.width), "low_rank_out": (self.outputs, None)}
+        if self.sparsifier.rotation:
+            shapes["rotation"] = (self.width, self.width)
         return shapes
+
+    def served(self) -> dict[str, Projection]:
+        """Return the projections that read what this sparsifier lets pass, by site."""
+        projections = self.block.projections()
+        if self.kind == "projection":
+            return {site: p for site, p in projections.items() if p.name == self.name}
+        return {site: projections[site] for site in self.sparsifier.sites if site in projections}
 
     def checkpoint_name(self, tensor: str) -> str:
         """Return what one of these tensors is called in a checkpoint."""

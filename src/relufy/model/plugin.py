@@ -17,6 +17,7 @@ from relufy.activation_sparsity import FATRELU, RELUFY_ACT
 from relufy.errors import UserError
 from relufy.model.activations import Placeholder
 from relufy.model.configuration import POINTER_METHOD, Pointer, has_block
+from relufy.model.fingerprints import check_files
 from relufy.model.sparsifiers import install_sparsity
 
 
@@ -26,7 +27,10 @@ class RelufyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not has_block(model):
             raise UserError("config.json points at relufy, but has no block 'activation_sparsity'")
-        install_sparsity(model, _safetensors(kwargs.get("checkpoint_files") or ()))
+        files = _safetensors(kwargs.get("checkpoint_files") or ())
+        install_sparsity(model, files)
+        if files:
+            check_files(model, files)
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -65,7 +65,7 @@ def _positions(given: Mapping[str, Any]) -> torch.Tensor:
 
 
 class Selection(nn.Module):
-    """`x` where it is kept, elsewhere its centre, or 0 where it has none.
+    """`x` where it is kept, elsewhere its centre, or 0 where it has none; with a rotation, `s(x Q) Q^T`.
 
     At `neuron`, x is what `activation` makes of the pre-activation. `tensors` become persistent buffers.
     """
@@ -75,6 +75,7 @@ class Selection(nn.Module):
     centre: torch.Tensor | None
     low_rank_in: torch.Tensor | None
     low_rank_out: torch.Tensor | None
+    rotation: torch.Tensor | None
 
     def __init__(
         self,
@@ -87,18 +88,23 @@ class Selection(nn.Module):
         self.definition = definition
         self.positions = positions
         self.activation = activation
-        for name in ("threshold", "weight", "centre", "low_rank_in", "low_rank_out"):
+        for name in ("threshold", "weight", "centre", "low_rank_in", "low_rank_out", "rotation"):
             self.register_buffer(name, tensors.get(name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation is not None:
             x = self.activation(x)
-        if self.definition.phase == "decode" and self.positions.is_prompt(x):
+        if self._is_dense(x):
             return x
-        keeps = self.keeps(x)
-        if first := self.definition.dense_first_tokens:
-            keeps = keeps | self.positions.before(first, x)
-        return torch.where(keeps, x, self._background(x))
+        if self.rotation is not None:
+            return self._through_rotation(x)
+        return torch.where(self._passes(x), x, self._background(x))
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is kept of x in the basis of the rotation, elsewhere 0: in float32 or wider."""
+        y = widened(x)
+        y = y @ self.rotation.to(y.dtype)  # type: ignore[union-attr]
+        return y if self._is_dense(x) else torch.where(self._passes(y), y, 0)
 
     def keeps(self, x: torch.Tensor) -> torch.Tensor:
         """Return which entries of x are kept in a token that is not dense. What is no number is kept."""
@@ -116,6 +122,21 @@ class Selection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.definition.function}, sites={' '.join(self.definition.sites)}"
+
+    def _is_dense(self, x: torch.Tensor) -> bool:
+        """Return whether every token of x stays dense."""
+        return self.definition.phase == "decode" and self.positions.is_prompt(x)
+
+    def _passes(self, x: torch.Tensor) -> torch.Tensor:
+        """Return which entries of x pass as they are: those that are kept, and all of a dense token."""
+        keeps, first = self.keeps(x), self.definition.dense_first_tokens
+        return keeps | self.positions.before(first, x) if first else keeps
+
+    def _through_rotation(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.rotated(x)
+        back = (y @ self.rotation.to(y.dtype).T).to(x.dtype)  # type: ignore[union-attr]
+        first = self.definition.dense_first_tokens
+        return torch.where(self.positions.before(first, x), x, back) if first else back
 
     def _score(self, x: torch.Tensor) -> torch.Tensor:
         score = (widened(x) if self.centre is None else x - self.centre).abs()

@@ -1,5 +1,5 @@
-"""The tensors of sparsifiers: thresholds, weights, centres, low-rank factors; which there must be, and where
-they come from."""
+"""The tensors of sparsifiers: thresholds, weights, centres, low-rank factors, rotations; which there must be,
+and where they come from."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

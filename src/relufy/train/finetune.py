@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from relufy.errors import UserError
 from relufy.files import replacing
 from relufy.measure.quality import refuse_other_vocabulary
+from relufy.model.fingerprints import refuse_training
 from relufy.recipe import Finetune
 from relufy.text import check_windows
 from relufy.train.trainer import FinetuneTrainer, OnLog
@@ -117,6 +118,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _refuse_unfit(
     model: PreTrainedModel, settings: Finetune, windows: np.ndarray, teacher: PreTrainedModel | None
 ) -> None:
+    refuse_training(model)
     check_windows(windows, model.config.vocab_size)
     if windows.shape[1] != settings.window:
         raise UserError(f"the recipe asks for windows of {settings.window} tokens, found {windows.shape[1]}")
