@@ -40,7 +40,9 @@ def test_a_search_is_saved_printed_and_drawn(
     monkeypatch.setattr(auto_search, "ROUNDS", 0)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The {i}th house had {i * i} windows and a door of oak." for i in range(150)))
-    options = BudgetOptions("20%", (str(text),), window=48, windows=48, measure=False, plot=tmp_path / "p.svg", json=True)
+    options = BudgetOptions(
+        "20%", (str(text),), window=48, windows=48, measure=False, plot=tmp_path / "p.svg", json=True
+    )
     run(str(BUNDLED), tmp_path / "out", options)
     printed = json.loads(capsys.readouterr().out)
     chosen = printed["report"]["chosen"]
