@@ -84,18 +84,25 @@ def run_search(
 def _correct(
     frontier: Frontier, trials: Trials, variants: list[Automatic], options: dict[Place, Option]
 ) -> None:
-    """Correct the best variant of each weighting as long as that helps."""
+    """Correct the best variant of each weighting as long as that helps; the second starts where the first
+    ended, since factors are of the model's masks, not of their price."""
+    shared: dict[Place, float] = {}
     for weighting in ("bytes", "time"):
         own = [v for v in variants if v.weighting == weighting and v.exchange is not None]
         if not own:
             continue
         best = min(own, key=lambda variant: _least(frontier, variant))
+        if shared:
+            best.factors = dict(shared)
+            best.climb(frontier, options, tries=6)
         for _ in range(ROUNDS):
             assert best.exchange is not None
-            choices = best.allocator(options).choose(best.exchange)
-            best.factors = refined(trials, choices, best.prices, best.factors)
+            choices, before = best.allocator(options).choose(best.exchange), best.factors
+            best.factors = refined(trials, choices, best.prices, before)
             if not best.climb(frontier, options, tries=6):
+                best.factors = before
                 break
+        shared = best.factors
 
 
 def _masks(choices: list[Choice]) -> list:
