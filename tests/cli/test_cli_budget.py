@@ -9,7 +9,8 @@ from tests.conftest import BUNDLED
 from relufy.cli.budget import BudgetOptions, run
 from relufy.errors import UserError
 from relufy.method import Teal
-from relufy.methods import auto_search, auto_singles
+from relufy.methods.budget import search as budget_search
+from relufy.methods.budget import singles
 
 
 @pytest.mark.parametrize(
@@ -35,9 +36,9 @@ def test_bad_options_are_refused_and_nothing_is_written(options: dict, message: 
 def test_a_search_is_saved_printed_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto_singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
-    monkeypatch.setattr(auto_search, "VARIANTS", (("bytes", "best"),))
-    monkeypatch.setattr(auto_search, "ROUNDS", 0)
+    monkeypatch.setattr(singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
+    monkeypatch.setattr(budget_search, "VARIANTS", (("bytes", "best"),))
+    monkeypatch.setattr(budget_search, "ROUNDS", 0)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The {i}th house had {i * i} windows and a door of oak." for i in range(150)))
     options = BudgetOptions(

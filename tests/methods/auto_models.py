@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 import families
-from relufy.methods.auto_texts import Texts, split
+from relufy.methods.budget.texts import Texts, split
 
 LENGTH = 24
 

@@ -9,9 +9,10 @@ import torch
 from relufy.errors import UserError
 from relufy.measure.quality import evaluating, log_likelihood
 from relufy.method import Auto, Teal
-from relufy.methods import auto_search, auto_singles, auto_trial
 from relufy.methods.auto import Search, search
-from relufy.methods.auto_bound import Rise, rise
+from relufy.methods.budget import search as budget_search
+from relufy.methods.budget import singles, trial
+from relufy.methods.budget.bound import Rise, rise
 from relufy.methods.sparsify import install, sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.model.configuration import sparsity_of
@@ -26,8 +27,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
     """Leave one single method and one round of corrections."""
-    patch.setattr(auto_singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
-    patch.setattr(auto_search, "ROUNDS", 1)
+    patch.setattr(singles, "SINGLES", {"teal-uniform": Teal(allocation="uniform")})
+    patch.setattr(budget_search, "ROUNDS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_fused_plain_and_sparse_models(name: str) -> None:
 
 def test_a_budget_that_no_mask_keeps_names_the_best_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = auto_models.sharp()
-    monkeypatch.setattr(auto_trial, "rise", lambda losses: Rise(0.015, 0.001, 0.02, len(losses)))
+    monkeypatch.setattr(trial, "rise", lambda losses: Rise(0.015, 0.001, 0.02, len(losses)))
     with pytest.raises(UserError, match=r"within 0\.01 .* the best reached is 0\.02 \(upper 95 % bound\)"):
         search(model, auto_models.own_texts(model, 60), Auto(budget=0.01))
 

@@ -10,14 +10,14 @@ from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
 from relufy.measure.bytes_read import bytes_engine
 from relufy.method import Auto, Calibration
-from relufy.methods.auto_allocate import as_found
-from relufy.methods.auto_bound import parse_budget, rise, student_t
-from relufy.methods.auto_clock import Clock, TimeUp
-from relufy.methods.auto_cost import CostModel, Shares
-from relufy.methods.auto_options import Chosen, find_options
-from relufy.methods.auto_speed import TABLE, ReadingSpeeds
-from relufy.methods.auto_texts import Texts, split
-from relufy.methods.auto_trial import trials
+from relufy.methods.budget.allocate import as_found
+from relufy.methods.budget.bound import parse_budget, rise, student_t
+from relufy.methods.budget.clock import Clock, TimeUp
+from relufy.methods.budget.cost import CostModel, Shares
+from relufy.methods.budget.options import Chosen, find_options
+from relufy.methods.budget.speed import TABLE, ReadingSpeeds
+from relufy.methods.budget.texts import Texts, split
+from relufy.methods.budget.trial import trials
 from relufy.methods.setting import Found
 from relufy.methods.sketch import Sketch
 from relufy.methods.sparsify import make_setting

@@ -12,9 +12,9 @@ from relufy.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from relufy.methods.auto import Search
-    from relufy.methods.auto_frontier import Point
-    from relufy.methods.auto_speed import ReadingSpeeds
-    from relufy.methods.auto_texts import Texts
+    from relufy.methods.budget.frontier import Point
+    from relufy.methods.budget.speed import ReadingSpeeds
+    from relufy.methods.budget.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run(model: str, output: Path, options: BudgetOptions) -> None:
     from relufy.files import refuse_occupied
     from relufy.hub import model_folder
     from relufy.method import Auto
-    from relufy.methods.auto_bound import parse_budget
+    from relufy.methods.budget.bound import parse_budget
 
     budget = parse_budget(options.budget)
     method = Auto(budget=budget, minutes=options.minutes, seed=options.seed, dtype=options.dtype)
@@ -92,7 +92,7 @@ def run(model: str, output: Path, options: BudgetOptions) -> None:
 def read_texts(options: BudgetOptions, model: Any, tokenizer: Any, display: ProgressDisplay) -> "Texts":
     """Return the three texts. Raises UserError for unfit files."""
     from relufy.method import Calibration
-    from relufy.methods.auto_texts import SHARES, Texts, split
+    from relufy.methods.budget.texts import SHARES, Texts, split
 
     def windows(files: Sequence[str], count: float) -> Any:
         wanted = Calibration(
@@ -112,7 +112,7 @@ def reading_speeds(options: BudgetOptions, config: Any, display: ProgressDisplay
     from relufy.engine.cpu import usable_cores
     from relufy.engine.spec import decoder_spec
     from relufy.errors import UserError
-    from relufy.methods.auto_speed import TABLE, measured_speeds
+    from relufy.methods.budget.speed import TABLE, measured_speeds
 
     spec = decoder_spec(config.to_dict())
     if not options.measure:

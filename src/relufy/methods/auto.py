@@ -1,8 +1,8 @@
 """The automatic method: zeros chosen for this machine's engine, under a budget of perplexity.
 
-None of the papers: it searches over sites, thresholds and centres (auto_allocate.py) by scores of what the
-loss minds (auto_sensitivity.py), starts from the best single method (auto_singles.py), accepts by a bound on
-a selection text (auto_bound.py), and reports on a test text that decided nothing.
+None of the papers: it searches over sites, thresholds and centres (budget/allocate.py) by scores of what the
+loss minds (budget/sensitivity.py), starts from the best single method (budget/singles.py), accepts by a bound
+on a selection text (budget/bound.py), and reports on a test text that decided nothing.
 """
 
 import math
@@ -14,15 +14,15 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from relufy.method import Auto, Calibration
-from relufy.methods.auto_bound import Rise, rise
-from relufy.methods.auto_clock import Clock
-from relufy.methods.auto_cost import Cost, CostModel
-from relufy.methods.auto_frontier import Frontier, Point, refuse_unreachable
-from relufy.methods.auto_search import run_search
-from relufy.methods.auto_singles import SINGLES, Untried
-from relufy.methods.auto_speed import TABLE, ReadingSpeeds
-from relufy.methods.auto_texts import Texts, split
-from relufy.methods.auto_trial import Trials, trials
+from relufy.methods.budget.bound import Rise, rise
+from relufy.methods.budget.clock import Clock
+from relufy.methods.budget.cost import Cost, CostModel
+from relufy.methods.budget.frontier import Frontier, Point, refuse_unreachable
+from relufy.methods.budget.search import run_search
+from relufy.methods.budget.singles import SINGLES, Untried
+from relufy.methods.budget.speed import TABLE, ReadingSpeeds
+from relufy.methods.budget.texts import Texts, split
+from relufy.methods.budget.trial import Trials, trials
 from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.methods.sparsify import make_setting
 from relufy.recipe import Recipe

@@ -7,7 +7,7 @@ from typing import Any
 
 from relufy.files import replacing
 from relufy.methods.auto import Search
-from relufy.methods.auto_frontier import Point
+from relufy.methods.budget.frontier import Point
 from relufy.plot_style import plot_style
 
 INK = "#1d2430"

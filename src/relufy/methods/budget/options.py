@@ -10,9 +10,9 @@ import torch
 from relufy.activation_sparsity import SITES, Sparsifier
 from relufy.errors import UserError
 from relufy.measure.bytes_read import Reading
-from relufy.methods.auto_clock import Clock
-from relufy.methods.auto_cost import CostModel, Place
-from relufy.methods.auto_sensitivity import Scores, score_sites
+from relufy.methods.budget.clock import Clock
+from relufy.methods.budget.cost import CostModel, Place
+from relufy.methods.budget.sensitivity import Scores, score_sites
 from relufy.methods.inputs import maskable_groups
 from relufy.methods.setting import Setting
 from relufy.model.configuration import find_activation_key, sparsity_of

@@ -9,8 +9,8 @@ from typing import Any
 
 from relufy.errors import UserError
 from relufy.method import Cats, Chess, FatRelu, RSparse, Scap, Teal, Wina
-from relufy.methods.auto_clock import Clock, TimeUp
-from relufy.methods.auto_frontier import Climb, Frontier, climb
+from relufy.methods.budget.clock import Clock, TimeUp
+from relufy.methods.budget.frontier import Climb, Frontier, climb
 from relufy.methods.setting import Found, Setting
 from relufy.methods.sparsify import find
 
@@ -47,7 +47,7 @@ def try_singles(frontier: Frontier, setting: Setting, clock: Clock) -> list[Untr
     for name, method in SINGLES.items():
         try:
             climb(frontier, name, _finder(method, quiet), WAY)
-        except (UserError, ModuleNotFoundError) as error:
+        except UserError as error:
             untried.append(Untried(name, str(error)))
         except TimeUp:
             untried.append(Untried(name, "no time left"))

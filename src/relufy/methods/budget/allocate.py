@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from relufy.methods.auto_cost import Place
-from relufy.methods.auto_options import Chosen, Factors, Option, Prices, threshold_of
+from relufy.methods.budget.cost import Place
+from relufy.methods.budget.options import Chosen, Factors, Option, Prices, threshold_of
 from relufy.methods.setting import Found
 
 Layout = Literal["best", "inputs", "neurons"]

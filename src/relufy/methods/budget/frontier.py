@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from relufy.errors import UserError
-from relufy.methods.auto_cost import Cost
-from relufy.methods.auto_trial import Outcome, Trials
+from relufy.methods.budget.cost import Cost
+from relufy.methods.budget.trial import Outcome, Trials
 from relufy.methods.setting import Found
 
 LEAST_SAVED = 0.001

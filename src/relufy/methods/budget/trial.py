@@ -10,9 +10,9 @@ import torch
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.measure.quality import evaluating, kl_divergence, log_likelihood
-from relufy.methods.auto_bound import Rise, rise
-from relufy.methods.auto_clock import Clock
-from relufy.methods.auto_cost import Cost, CostModel, Shares
+from relufy.methods.budget.bound import Rise, rise
+from relufy.methods.budget.clock import Clock
+from relufy.methods.budget.cost import Cost, CostModel, Shares
 from relufy.methods.setting import Found, Setting
 from relufy.model.configuration import sparsity_of
 from relufy.model.places import Place, find_places

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from relufy.methods.auto_allocate import Allocator, Choice, Layout, as_found
-from relufy.methods.auto_clock import Clock, TimeUp
-from relufy.methods.auto_cost import Place
-from relufy.methods.auto_frontier import Climb, Frontier, climb
-from relufy.methods.auto_options import Option, Prices, Weighting, find_options
-from relufy.methods.auto_refine import refined
-from relufy.methods.auto_singles import Untried, try_singles
-from relufy.methods.auto_trial import Trials
+from relufy.methods.budget.allocate import Allocator, Choice, Layout, as_found
+from relufy.methods.budget.clock import Clock, TimeUp
+from relufy.methods.budget.cost import Place
+from relufy.methods.budget.frontier import Climb, Frontier, climb
+from relufy.methods.budget.options import Option, Prices, Weighting, find_options
+from relufy.methods.budget.refine import refined
+from relufy.methods.budget.singles import Untried, try_singles
+from relufy.methods.budget.trial import Trials
 from relufy.methods.setting import Setting
 
 VARIANTS: tuple[tuple[Weighting, Layout], ...] = (

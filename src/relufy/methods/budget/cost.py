@@ -11,7 +11,7 @@ from relufy.activation_sparsity import BLOCK_KEY, ActivationSparsity, Sparsifier
 from relufy.engine.spec import DecoderSpec, decoder_spec
 from relufy.measure.bytes_read import Packing, Reading, readings
 from relufy.measure.cost import Sparsity
-from relufy.methods.auto_speed import ReadingSpeeds
+from relufy.methods.budget.speed import ReadingSpeeds
 from relufy.methods.setting import Found
 from relufy.methods.sparsify import kept_activations
 from relufy.model.configuration import sparsity_of

@@ -9,10 +9,10 @@ text alone, so the selection text stays fit for decisions.
 import statistics
 from collections.abc import Sequence
 
-from relufy.methods.auto_allocate import Choice, as_found
-from relufy.methods.auto_cost import Cost, Place
-from relufy.methods.auto_options import Chosen, Factors, Prices
-from relufy.methods.auto_trial import Trials
+from relufy.methods.budget.allocate import Choice, as_found
+from relufy.methods.budget.cost import Cost, Place
+from relufy.methods.budget.options import Chosen, Factors, Prices
+from relufy.methods.budget.trial import Trials
 
 LOOSENED = 0.75
 """What thresholds are multiplied by, to see what their masks are worth."""

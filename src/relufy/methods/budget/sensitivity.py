@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from relufy.methods.auto_clock import Clock
-from relufy.methods.auto_cost import Place
+from relufy.methods.budget.clock import Clock
+from relufy.methods.budget.cost import Place
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.setting import Setting
 from relufy.methods.sketch import Sketch
