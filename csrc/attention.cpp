@@ -35,7 +35,13 @@ void Engine::attention(const Layer& layer, size_t index, std::span<const Token> 
              i == 0 && others_quantise);
     if (tokens.size() == 1) list();
   });
-  if (tokens.size() > 1) team.for_each(1, [&](size_t) { list(); });
+  if (tokens.size() > 1) {
+    Vectors* filled[3];
+    size_t count = 0;
+    for (size_t i = 0; i < 3; ++i)
+      if (x[i] == &inputs_[i]) filled[count++] = x[i];
+    lay_out({filled, count}, tokens.size(), team, list);
+  }
 
   const Projection projections[] = {{&layer.q, x[0], queries_.get(), query_width_},
                                     {&layer.k, x[1], keys_.get(), key_width_},
@@ -59,7 +65,8 @@ void Engine::attention(const Layer& layer, size_t index, std::span<const Token> 
     if (tokens.size() == 1) list_inputs(attended, layer.o, 1, stats_.used[kO], index);
   });
   if (tokens.size() > 1)
-    team.for_each(1, [&](size_t) { list_inputs(attended, layer.o, tokens.size(), stats_.used[kO], index); });
+    lay_out(attended, tokens.size(), team,
+            [&] { list_inputs(attended, layer.o, tokens.size(), stats_.used[kO], index); });
   bool has_output_norm{layer.attention_output_norm};
   const Projection output{&layer.o, &attended, projected_.get(), width_, !has_output_norm};
   project({&output, 1}, tokens.size(), team);

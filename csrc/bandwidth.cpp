@@ -70,8 +70,9 @@ class Product {
         pairs_(make_buffer<int16_t>(m.tokens * width_)),
         groups_(make_buffer<int16_t>(2 * m.tokens * width_)),
         sum_(make_buffer<int64_t>(m.tokens)),
+        tiles_(make_buffer<float>(round_up_quotient(m.tokens, kTileTokens) * tile_size(width_))),
         list_(make_buffer<uint32_t>(stored_ + 16)) {
-    size_t bytes = std::max(dot_scratch(m.tokens), scatter_scratch(m.columns, m.tokens));
+    size_t bytes = std::max(dot_scratch(m.columns, m.tokens), scatter_scratch(m.columns, m.tokens));
     for (size_t i = 0; i < threads; ++i) scratch_.push_back(make_buffer<uint8_t>(bytes));
     std::fill_n(scales_.get(), stored_, 1.0f);
   }
@@ -107,11 +108,15 @@ class Product {
       kernels().quantise(x, width_, &high_[t * width_], &low_[t * width_], &pairs_[t * width_],
                          &groups_[2 * t * width_], &scale_[t], &sum_[t]);
     }
+    for (size_t t = 0, tile = 0; t < m_.tokens; t += kTileTokens, ++tile)
+      kernels().interleave(&x_[t * width_], width_, std::min(kTileTokens, m_.tokens - t), width_,
+                           &tiles_[tile * tile_size(width_)]);
   }
 
   void dot(const StoredRows& w, ThreadPool& pool) {
     size_t rows = m_.tokens == 1 ? std::max<size_t>(1, 65536 / stride_) : 256;
-    Input x{x_.get(), width_, high_.get(), low_.get(), pairs_.get(), groups_.get(), scale_.get(), sum_.get()};
+    Input x{x_.get(),      width_,       high_.get(), low_.get(),  pairs_.get(),
+            groups_.get(), scale_.get(), sum_.get(),  tiles_.get()};
     pool.run([&](Team& team) {
       team.for_each((listed_ + rows - 1) / rows, [&](size_t i) {
         size_t first = i * rows, count = std::min(rows, listed_ - first);
@@ -141,6 +146,7 @@ class Product {
   Buffer<int8_t> high_, low_;
   Buffer<int16_t> pairs_, groups_;
   Buffer<int64_t> sum_;
+  Buffer<float> tiles_;
   Buffer<uint32_t> list_;
   std::vector<Buffer<uint8_t>> scratch_;
   std::mt19937 random_{1};

@@ -6,11 +6,11 @@
 
 namespace relufy {
 
-bool Engine::reads_integers() const {
-  auto is_one = [](const Matrix& m) { return is_integer(m.stored.dtype); };
-  bool any = is_one(decoder_.head);
+template <class Condition>
+bool Engine::has_matrix(Condition&& condition) const {
+  bool any = condition(decoder_.head);
   for (const Layer& l : decoder_.layers)
-    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) any = any || is_one(*m);
+    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) any = any || condition(*m);
   return any;
 }
 
@@ -21,12 +21,15 @@ Engine::Vectors Engine::make_vectors(size_t width, size_t tokens) const {
   v.list = make_buffer<uint32_t>(width + 16);
   v.scale = make_buffer<float>(tokens);
   v.sum = make_buffer<int64_t>(tokens);
-  if (reads_integers()) {
+  if (has_matrix([](const Matrix& m) { return is_integer(m.stored.dtype); })) {
     v.high = make_buffer<int8_t>(tokens * width);
     v.low = make_buffer<int8_t>(tokens * width);
     v.pairs = make_buffer<int16_t>(tokens * width);
     v.groups = make_buffer<int16_t>(2 * tokens * width);
   }
+  if (tokens >= kFewestForTiles &&
+      has_matrix([](const Matrix& m) { return !m.is_columns() && !is_integer(m.stored.dtype); }))
+    v.tiles = make_buffer<float>(round_up_quotient(tokens, kTileTokens) * tile_size(width));
   if (decoder_.max_rank > 0) {
     v.residual = make_buffer<float>(tokens * width);
     v.low_rank = make_buffer<float>(tokens * padded(decoder_.max_rank));
@@ -83,7 +86,7 @@ void Engine::make_room(size_t tokens) {
   for (Vectors& v : inputs_) v = make_vectors(std::max(width_, query_width_), room);
   size_t most = std::max({width_, query_width_, neuron_width_});
   for (Scratch& scratch : scratch_)
-    scratch.products = make_buffer<uint8_t>(std::max(dot_scratch(room), scatter_scratch(most, room)));
+    scratch.products = make_buffer<uint8_t>(std::max(dot_scratch(most, room), scatter_scratch(most, room)));
   room_ = room;
 }
 

@@ -142,12 +142,14 @@ class Engine {
     Buffer<int16_t> pairs, groups;
     Buffer<float> scale;
     Buffer<int64_t> sum;
+    Buffer<float> tiles;    // of x, for many tokens
     Buffer<uint32_t> list;  // the inputs that some token needs
     size_t listed = 0;
     Buffer<float> low_rank;  // tokens x rank: what the correction's first factor made of the residual
 
     Input input() const {
-      return {x.get(), width, high.get(), low.get(), pairs.get(), groups.get(), scale.get(), sum.get()};
+      return {x.get(),      width,       high.get(), low.get(),  pairs.get(),
+              groups.get(), scale.get(), sum.get(),  tiles.get()};
     }
   };
 
@@ -189,7 +191,8 @@ class Engine {
   Vectors make_vectors(size_t width, size_t tokens) const;
   void step_locked(std::span<const Work> work, Logits wanted, float* logits);
   Past past(SequenceId id, std::optional<size_t> length) const;
-  bool reads_integers() const;
+  template <class Condition>
+  bool has_matrix(Condition&& condition) const;
 
   // Those with a team are called by every thread alike; the others are tasks, or parts of one.
   void forward(std::span<const Token> tokens, float* logits, Team& team);
@@ -204,6 +207,23 @@ class Engine {
   void fill(Vectors& v, const Matrix& reader, Place place, size_t token, const float* x, Scratch& scratch,
             bool others_quantise = false);
   void quantise(Vectors& v, size_t token) const;
+  // Ends the filling of vectors by many tokens: calls list() once, and makes the tiles that panels read.
+  template <class List>
+  void lay_out(std::span<Vectors* const> filled, size_t tokens, Team& team, List&& list) {
+    size_t tiles = tokens < kFewestForTiles ? 0 : round_up_quotient(tokens, kTileTokens);
+    team.for_each(1 + tiles * filled.size(), [&](size_t task) {
+      if (task == 0)
+        list();
+      else
+        make_tile(*filled[(task - 1) / tiles], (task - 1) % tiles, tokens);
+    });
+  }
+  template <class List>
+  void lay_out(Vectors& filled, size_t tokens, Team& team, List&& list) {
+    Vectors* const one[] = {&filled};
+    lay_out(one, tokens, team, list);
+  }
+  void make_tile(Vectors& v, size_t tile, size_t tokens) const;
   void list_inputs(Vectors& v, const Matrix& reader, size_t tokens, std::vector<Use>& used, size_t layer);
   size_t list_needed(Product product, Dtype dtype, const float* x, size_t x_stride, size_t tokens, size_t n,
                      uint32_t* list, Use& used) const;

@@ -77,6 +77,7 @@ void Engine::head(std::span<const Token> tokens, float* logits, Team& team) {
     fill(x, decoder_.head, tokens[wanted[i]].place, i, &normed_[i * width_], scratch_[team.thread()]);
     if (i == 0) stats_.weight_bytes += width_ * sizeof(float);
   });
+  if (count >= kFewestForTiles) lay_out(x, count, team, [] {});
   const Projection projection{&decoder_.head, &x, logits, decoder_.vocab_size};
   project({&projection, 1}, count, team);
   if (decoder_.final_softcap == 0.0f) return;

@@ -26,6 +26,13 @@ static inline constexpr size_t round_up(size_t n, size_t unit) { return (n + uni
 static inline constexpr size_t round_up_quotient(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline constexpr size_t padded(size_t n) { return round_up(n, kPadding); }
 
+// Of a tile of inputs, their values for kTileTokens tokens side by side. Every 32nd input is a step of one
+// sum; the sums' steps are odd in number, for they would share cache lines.
+constexpr size_t kTileTokens = 12, kTileWidth = 16;
+constexpr size_t kFewestForTiles = 24;  // tokens that are laid out so
+static inline constexpr size_t tile_steps(size_t width) { return (width / 32) | 1; }
+static inline constexpr size_t tile_size(size_t width) { return 32 * tile_steps(width) * kTileWidth; }
+
 // Of stored weights (docs/format.md); f16 only in the KV cache.
 enum class Dtype : uint32_t { bytes = 0, f32 = 1, bf16 = 2, int8 = 3, int4 = 4, f16 = 5 };
 
@@ -78,6 +85,9 @@ struct Input {
                           // stride a token
   const float* scale;     // by token
   const int64_t* sum;     // of 256 * high + low, by token
+  // The values as panels of float rows read them, or null: a tile for each kTileTokens tokens,
+  // tile_size(stride) apart.
+  const float* tiles = nullptr;
 };
 
 enum class Activation : uint32_t { silu = 0, relu = 1, relu2 = 2, gelu = 3, gelu_tanh = 4, fatrelu = 5 };
@@ -125,6 +135,9 @@ struct Kernels {
   void (*quantise)(const float* x, size_t n, int8_t* high, int8_t* low, int16_t* pairs, int16_t* groups,
                    float* scale, int64_t* sum);
 
+  // A tile of at most kTileTokens tokens, as Input describes it; n % kPadding == 0.
+  void (*interleave)(const float* x, size_t x_stride, size_t tokens, size_t n, float* tile);
+
   // Lists, in ascending order, the i < n where x[t][i] is not zero for at least one token; returns how many.
   // `list` has room for n + 16. Adds the number of (token, i) that are not zero to *nonzeros.
   size_t (*list_active)(const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
@@ -161,9 +174,13 @@ struct Kernels {
   uint32_t (*read)(const uint8_t* p, size_t bytes);
 };
 
-// Bytes of scratch for a call of `dot`.
-static inline constexpr size_t dot_scratch(size_t tokens) {
-  return tokens < 2 ? 0 : (size_t{1} << 18) + tokens * 512;
+// Bytes of scratch for a call of `dot` with rows of up to `length` elements.
+static inline constexpr size_t kDotPanel = 288
+                                           << 10;  // bytes of unpacked weights, where rows are not too long
+static inline constexpr size_t dot_scratch(size_t length, size_t tokens) {
+  if (tokens < 2) return 0;
+  size_t longest = tile_steps(padded(length)) * 1024, panel = longest > kDotPanel ? longest : kDotPanel;
+  return panel + tokens * 1024 + (64 << 10);
 }
 
 // Bytes of scratch for a call of `scatter`.

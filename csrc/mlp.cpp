@@ -107,7 +107,7 @@ void Engine::mlp(const Layer& layer, size_t index, std::span<const Token> tokens
     }
   });
   if (layer.has_partial_down()) return;
-  team.for_each(1, [&](size_t) {
+  lay_out(products_, tokens.size(), team, [&] {
     Use before = stats_.used[kDown][index];
     list_inputs(products_, layer.down, tokens.size(), stats_.used[kDown], index);
     if (!layer.is_gated) stats_.used[kNeuron][index] += stats_.used[kDown][index] - before;
@@ -142,7 +142,8 @@ void Engine::mlp_inputs(const Layer& layer, size_t index, std::span<const Token>
     if (has_own_up) fill(inputs_[1], layer.up, tokens[t].place, t, &normed_[t * width_], scratch);
     if (tokens.size() == 1) list();
   });
-  if (tokens.size() > 1) team.for_each(1, [&](size_t) { list(); });
+  Vectors* filled[] = {&inputs_[0], &inputs_[1]};
+  if (tokens.size() > 1) lay_out({filled, has_own_up ? size_t{2} : 1}, tokens.size(), team, list);
 }
 
 // Activation and mask of a token's neurons where they need the whole vector.

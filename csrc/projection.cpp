@@ -41,6 +41,13 @@ void Engine::quantise(Vectors& v, size_t token) const {
                     &v.scale[token], &v.sum[token]);
 }
 
+void Engine::make_tile(Vectors& v, size_t tile, size_t tokens) const {
+  if (!v.tiles) return;
+  size_t first = tile * kTileTokens;
+  kernels_.interleave(&v.x[first * v.width], v.width, std::min(kTileTokens, tokens - first), v.width,
+                      &v.tiles[tile * tile_size(v.width)]);
+}
+
 // Lists the i < n that some token needs: those with a nonzero x[t][i] if zeros may be skipped, else all.
 // So many that a stream is faster are as good as all.
 size_t Engine::list_needed(Product product, Dtype dtype, const float* x, size_t x_stride, size_t tokens,

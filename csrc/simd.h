@@ -59,6 +59,17 @@ inline void store(float* p, vec v) { store_as(p, v); }
 inline vec broadcast(float x) { return vec{} + x; }
 inline ivec broadcast(int32_t x) { return ivec{} + x; }
 
+// The same bits in all lanes: `vec{} + x` adds, and -0 becomes 0.
+inline vec broadcast(const float* p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (vec)_mm256_set1_ps(*p);
+#else
+  return vec{*p, *p, *p, *p};
+#endif
+}
+
 // Keeps a vector in its register, where the compiler would rather load it again for each use.
 template <class Vector>
 inline void hold(Vector& v) {
@@ -301,40 +312,45 @@ inline ivec unpack_low64(ivec a, ivec b) { return (ivec)_mm256_unpacklo_epi64((_
 inline ivec unpack_high64(ivec a, ivec b) { return (ivec)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
 #endif
 
-// Calls function(c, column) for each column of kLanes rows: lane r of it is lane c of rows[r].
+// Lane K of each 16 bytes, of four rows, side by side, each 16 bytes in their place.
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <size_t K>
+inline ivec column_of_four(const ivec rows[4]) {
+  ivec half01 = K < 2 ? unpack_low32(rows[0], rows[1]) : unpack_high32(rows[0], rows[1]);
+  ivec half23 = K < 2 ? unpack_low32(rows[2], rows[3]) : unpack_high32(rows[2], rows[3]);
+  return K % 2 == 0 ? unpack_low64(half01, half23) : unpack_high64(half01, half23);
+}
+#endif
+
+// Calls function(c, column) for the columns c = K, K + 4, ... of kLanes rows: lane r of it is lane c of
+// rows[r].
+template <size_t K, class Function>
+inline __attribute__((always_inline)) void for_each_fourth_column(const ivec rows[kLanes],
+                                                                  Function&& function) {
+#if defined(__AVX512F__)
+  __m512i a = (__m512i)column_of_four<K>(rows), b = (__m512i)column_of_four<K>(rows + 4),
+          c = (__m512i)column_of_four<K>(rows + 8), d = (__m512i)column_of_four<K>(rows + 12);
+  __m512i even_ab = _mm512_shuffle_i32x4(a, b, 0x88), odd_ab = _mm512_shuffle_i32x4(a, b, 0xDD);
+  __m512i even_cd = _mm512_shuffle_i32x4(c, d, 0x88), odd_cd = _mm512_shuffle_i32x4(c, d, 0xDD);
+  function(K, (ivec)_mm512_shuffle_i32x4(even_ab, even_cd, 0x88));
+  function(4 + K, (ivec)_mm512_shuffle_i32x4(odd_ab, odd_cd, 0x88));
+  function(8 + K, (ivec)_mm512_shuffle_i32x4(even_ab, even_cd, 0xDD));
+  function(12 + K, (ivec)_mm512_shuffle_i32x4(odd_ab, odd_cd, 0xDD));
+#elif defined(__AVX2__)
+  __m256i a = (__m256i)column_of_four<K>(rows), b = (__m256i)column_of_four<K>(rows + 4);
+  function(K, (ivec)_mm256_permute2x128_si256(a, b, 0x20));
+  function(4 + K, (ivec)_mm256_permute2x128_si256(a, b, 0x31));
+#else
+  function(K, ivec{rows[0][K], rows[1][K], rows[2][K], rows[3][K]});
+#endif
+}
+
 template <class Function>
 inline __attribute__((always_inline)) void for_each_column(const ivec rows[kLanes], Function&& function) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  // Lane k of 16 bytes, of four rows, side by side; then the same with 16 bytes for a lane.
-  ivec fours[kLanes];
-  for (size_t r = 0; r < kLanes; r += 4) {
-    ivec low01 = unpack_low32(rows[r], rows[r + 1]), high01 = unpack_high32(rows[r], rows[r + 1]);
-    ivec low23 = unpack_low32(rows[r + 2], rows[r + 3]), high23 = unpack_high32(rows[r + 2], rows[r + 3]);
-    fours[r] = unpack_low64(low01, low23);
-    fours[r + 1] = unpack_high64(low01, low23);
-    fours[r + 2] = unpack_low64(high01, high23);
-    fours[r + 3] = unpack_high64(high01, high23);
-  }
-#endif
-#pragma GCC unroll 4
-  for (size_t k = 0; k < 4; ++k) {
-#if defined(__AVX512F__)
-    __m512i a = (__m512i)fours[k], b = (__m512i)fours[4 + k], c = (__m512i)fours[8 + k],
-            d = (__m512i)fours[12 + k];
-    __m512i even_ab = _mm512_shuffle_i32x4(a, b, 0x88), odd_ab = _mm512_shuffle_i32x4(a, b, 0xDD);
-    __m512i even_cd = _mm512_shuffle_i32x4(c, d, 0x88), odd_cd = _mm512_shuffle_i32x4(c, d, 0xDD);
-    function(k, (ivec)_mm512_shuffle_i32x4(even_ab, even_cd, 0x88));
-    function(4 + k, (ivec)_mm512_shuffle_i32x4(odd_ab, odd_cd, 0x88));
-    function(8 + k, (ivec)_mm512_shuffle_i32x4(even_ab, even_cd, 0xDD));
-    function(12 + k, (ivec)_mm512_shuffle_i32x4(odd_ab, odd_cd, 0xDD));
-#elif defined(__AVX2__)
-    __m256i a = (__m256i)fours[k], b = (__m256i)fours[4 + k];
-    function(k, (ivec)_mm256_permute2x128_si256(a, b, 0x20));
-    function(4 + k, (ivec)_mm256_permute2x128_si256(a, b, 0x31));
-#else
-    function(k, ivec{rows[0][k], rows[1][k], rows[2][k], rows[3][k]});
-#endif
-  }
+  for_each_fourth_column<0>(rows, function);
+  for_each_fourth_column<1>(rows, function);
+  for_each_fourth_column<2>(rows, function);
+  for_each_fourth_column<3>(rows, function);
 }
 
 // The scales of the 32-bit lanes of half a chunk of int4: k[0] in the even lanes, k[1] in the odd ones, each

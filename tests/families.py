@@ -69,6 +69,68 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "bloom": lambda: hf.BloomConfig(vocab_size=53, hidden_size=24, n_layer=2, n_head=3, **SPECIAL),
 }
 
+_GPT = {"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_positions": 64, **SPECIAL}
+_GPT_HEADS = {"n_head": 3, "n_inner": 43}
+PADDED = {"pad_token_id": 2}
+
+MORE_FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "apertus": lambda: hf.ApertusConfig(**(OWN_HEAD_DIM | PADDED)),
+    "arcee": lambda: hf.ArceeConfig(**LLAMA_LIKE),
+    "biogpt": lambda: hf.BioGptConfig(**(PLAIN | PADDED)),
+    "bitnet": lambda: hf.BitNetConfig(**OWN_HEAD_DIM),
+    "codegen": lambda: hf.CodeGenConfig(**_GPT, n_head=4, n_inner=43, rotary_dim=4),
+    "cohere2": lambda: hf.Cohere2Config(**OWN_HEAD_DIM),
+    "cpmant": lambda: hf.CpmAntConfig(
+        vocab_size=53, hidden_size=24, num_attention_heads=3, dim_head=8, dim_ff=43, num_hidden_layers=2
+    ),
+    "ctrl": lambda: hf.CTRLConfig(**_GPT, n_head=3, dff=43),
+    "cwm": lambda: hf.CwmConfig(**LLAMA_LIKE),
+    "diffllama": lambda: hf.DiffLlamaConfig(
+        **(OWN_HEAD_DIM | {"num_attention_heads": 2} | {"num_key_value_heads": 2})
+    ),
+    "emu3": lambda: hf.Emu3Config(text_config=OWN_HEAD_DIM | PADDED),
+    "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA_LIKE),
+    "exaone4": lambda: hf.Exaone4Config(**OWN_HEAD_DIM),
+    "flint": lambda: hf.FlintConfig(**LLAMA_LIKE),
+    "gemma4_text": lambda: hf.Gemma4TextConfig(
+        **LLAMA_LIKE, global_head_dim=8, hidden_size_per_layer_input=0
+    ),
+    "glm": lambda: hf.GlmConfig(**(LLAMA_LIKE | PADDED)),
+    "glm4": lambda: hf.Glm4Config(**(LLAMA_LIKE | PADDED)),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**_GPT, **_GPT_HEADS),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        **SPECIAL,
+        vocab_size=53,
+        hidden_size=24,
+        intermediate_size=43,
+        num_layers=2,
+        num_heads=3,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    ),
+    "gpt_neox_japanese": lambda: hf.GPTNeoXJapaneseConfig(**(PLAIN | {"intermediate_multiple_size": 2})),
+    "granite_swa": lambda: hf.GraniteSWAConfig(**OWN_HEAD_DIM),
+    "helium": lambda: hf.HeliumConfig(**LLAMA_LIKE),
+    "hunyuan_v1_dense": lambda: hf.HunYuanDenseV1Config(**LLAMA_LIKE),
+    "hyperclovax": lambda: hf.HyperCLOVAXConfig(**LLAMA_LIKE),
+    "jais2": lambda: hf.Jais2Config(**LLAMA_LIKE),
+    "ministral": lambda: hf.MinistralConfig(**LLAMA_LIKE),
+    "ministral3": lambda: hf.Ministral3Config(**LLAMA_LIKE),
+    "modernbert_decoder": lambda: hf.ModernBertDecoderConfig(**(PLAIN | PADDED)),
+    "mpt": lambda: hf.MptConfig(vocab_size=53, d_model=24, n_heads=3, n_layers=2, expansion_ratio=2),
+    "nanochat": lambda: hf.NanoChatConfig(**OWN_HEAD_DIM),
+    "olmo": lambda: hf.OlmoConfig(**OWN_HEAD_DIM),
+    "olmo3": lambda: hf.Olmo3Config(**OWN_HEAD_DIM),
+    "openai_gpt": lambda: hf.OpenAIGPTConfig(vocab_size=53, n_embd=24, n_layer=2, n_head=3, n_positions=64),
+    "persimmon": lambda: hf.PersimmonConfig(**PLAIN),
+    "seed_oss": lambda: hf.SeedOssConfig(**LLAMA_LIKE),
+    "vaultgemma": lambda: hf.VaultGemmaConfig(**LLAMA_LIKE),
+    "xglm": lambda: hf.XGLMConfig(
+        vocab_size=53, d_model=24, ffn_dim=43, num_layers=2, attention_heads=3, max_position_embeddings=64
+    ),
+}
+"""Families that only the finding of sites is tested with."""
+
 PARALLEL = ("cohere", "falcon", "phi", "gptj")
 """Families where one norm feeds attention and MLP."""
 

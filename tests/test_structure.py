@@ -18,13 +18,15 @@ BASE = {
     "activation_sparsity",
     "schema",
     "text",
+    "text_sample",
     "files",
     "errors",
     "fingerprint",
     "hub",
     "recipes",
     "assets",
-} | {"plot_style"}
+    "plot_style",
+}
 WINGS_BELOW = {
     "cli": {"demo", "serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},

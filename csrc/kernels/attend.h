@@ -3,6 +3,8 @@
 // Up to four queries share each load of a key or value; each has sums of its own, in one order.
 #pragma once
 
+#include <type_traits>
+
 #include "../kernels.h"
 #include "../simd.h"
 #include "vectors.h"
@@ -17,19 +19,23 @@ inline vec load_kv(const uint8_t* p, size_t i) {
   return load_f16(reinterpret_cast<const uint16_t*>(p) + i);
 }
 
-template <Dtype D, size_t Q>
-inline void score_block(const Attention& a, const float* queries, const uint8_t* keys, float* scores,
-                        size_t stride) {
+// The scores of B blocks in a row: one query's sums of one block would wait for each other.
+template <Dtype D, size_t Q, size_t B>
+inline void score_blocks(const Attention& a, const float* queries, const uint8_t* const* blocks,
+                         float* scores, size_t stride) {
   constexpr size_t kVectors = kKvBlock / kLanes, kStep = kVectors < 4 ? kVectors : 4;
   for (size_t j = 0; j < kVectors; j += kStep) {
-    vec sums[Q][kStep] = {};
+    vec sums[B][Q][kStep] = {};
     for (size_t i = 0; i < a.head_dim; ++i)
-      for (size_t v = 0; v < kStep; ++v) {
-        vec key = load_kv<D>(keys, i * kKvBlock + (j + v) * kLanes);
-        for (size_t q = 0; q < Q; ++q) sums[q][v] = key * queries[q * a.stride + i] + sums[q][v];
-      }
-    for (size_t q = 0; q < Q; ++q)
-      for (size_t v = 0; v < kStep; ++v) store(scores + q * stride + (j + v) * kLanes, sums[q][v] * a.scale);
+      for (size_t b = 0; b < B; ++b)
+        for (size_t v = 0; v < kStep; ++v) {
+          vec key = load_kv<D>(blocks[b], i * kKvBlock + (j + v) * kLanes);
+          for (size_t q = 0; q < Q; ++q) sums[b][q][v] = key * queries[q * a.stride + i] + sums[b][q][v];
+        }
+    for (size_t b = 0; b < B; ++b)
+      for (size_t q = 0; q < Q; ++q)
+        for (size_t v = 0; v < kStep; ++v)
+          store(scores + q * stride + b * kKvBlock + (j + v) * kLanes, sums[b][q][v] * a.scale);
   }
 }
 
@@ -71,11 +77,22 @@ inline float exponentiate(float* scores, size_t first, size_t length, size_t rou
   return sum_lanes(sum);
 }
 
-// out[q][16 part ...] = the values' lanes [16 part, 16 part + 16), weighed by the scores.
-template <Dtype D, size_t Q>
+// Parts of 16 lanes of values that are summed together: enough sums to hide the latency of one.
+template <size_t Q>
+constexpr size_t kPartsAtOnce = kRegisters * kLanes >= 128 * Q  ? 4
+                                : kRegisters * kLanes >= 64 * Q ? 2
+                                                                : 1;
+
+template <size_t Q>
+constexpr size_t kBlocksAtOnce = Q == 1 && kRegisters == 32 ? 4
+                                 : Q == 1                   ? 2
+                                                            : 1;
+
+// sums[q] = the values' lanes [16 part, 16 (part + P)), weighed by the scores.
+template <Dtype D, size_t Q, size_t P>
 inline void sum_values(const Attention& a, size_t part, const float* scores, size_t stride,
-                       float sums[Q][16]) {
-  constexpr size_t kVectors = 16 / kLanes, kElement = D == Dtype::f32 ? 4 : 2;
+                       float sums[Q][16 * P]) {
+  constexpr size_t kVectors = 16 / kLanes * P, kElement = D == Dtype::f32 ? 4 : 2;
   size_t width = kv_width(a.head_dim);
   vec totals[Q][kVectors] = {};
   for (size_t begin = 0; begin < a.length; begin += kKvBlock) {
@@ -107,21 +124,31 @@ inline void attend_tile(const Attention& a, size_t first_query, const float* all
   float* out = all_out + first_query * a.stride;
   size_t rounded = round_up(a.length, kKvBlock);
   bool is_adjusted = a.softcap > 0.0f || a.alibi.slopes;
-  for (size_t b = 0; b < rounded / kKvBlock; ++b) {
-    prefetch_block<D>(a, b, rounded / kKvBlock);
-    score_block<D, Q>(a, queries, a.blocks[b], scores + b * kKvBlock, rounded);
-    if (is_adjusted)
-      adjust_block<Q>(a, first_query, a.alibi.start + b * kKvBlock, scores + b * kKvBlock, rounded);
-  }
+  size_t num_blocks = rounded / kKvBlock, b = 0;
+  auto score = [&](auto count) {
+    for (size_t k = b; k < b + count; ++k) prefetch_block<D>(a, k, num_blocks);
+    score_blocks<D, Q, count()>(a, queries, a.blocks + b, scores + b * kKvBlock, rounded);
+    for (size_t k = b; is_adjusted && k < b + count; ++k)
+      adjust_block<Q>(a, first_query, a.alibi.start + k * kKvBlock, scores + k * kKvBlock, rounded);
+    b += count;
+  };
+  while (b + kBlocksAtOnce<Q> <= num_blocks) score(std::integral_constant<size_t, kBlocksAtOnce<Q>>());
+  while (b < num_blocks) score(std::integral_constant<size_t, 1>());
   float totals[Q];
   for (size_t q = 0; q < Q; ++q) totals[q] = exponentiate(scores + q * rounded, a.first, a.length, rounded);
-  for (size_t i = 0; i < a.head_dim; i += 16) {
-    float sums[Q][16];
-    sum_values<D, Q>(a, i / 16, scores, rounded, sums);
+  auto sum_parts = [&](size_t i, auto parts) {
+    constexpr size_t kWidth = 16 * parts();
+    float sums[Q][kWidth];
+    sum_values<D, Q, parts()>(a, i / 16, scores, rounded, sums);
     for (size_t q = 0; q < Q; ++q)
-      for (size_t j = i; j < i + 16 && j < a.head_dim; ++j)
+      for (size_t j = i; j < i + kWidth && j < a.head_dim; ++j)
         out[q * a.stride + j] = sums[q][j - i] / totals[q];
-  }
+  };
+  constexpr size_t kParts = kPartsAtOnce<Q>;
+  size_t i = 0;
+  for (; i + 16 * kParts <= a.head_dim; i += 16 * kParts)
+    sum_parts(i, std::integral_constant<size_t, kParts>());
+  for (; i < a.head_dim; i += 16) sum_parts(i, std::integral_constant<size_t, 1>());
 }
 
 template <Dtype D>

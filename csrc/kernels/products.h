@@ -2,7 +2,9 @@
 #pragma once
 
 #include "blocked_dot.h"
+#include "blocked_dot_float.h"
 #include "blocked_scatter.h"
+#include "dot_panels.h"
 
 namespace relufy::RELUFY_KERNELS {
 namespace {
@@ -13,6 +15,7 @@ template <Dtype D>
 constexpr size_t kFewestForDot = D == Dtype::int8   ? 10
                                  : D == Dtype::int4 ? 6
                                                     : 2;
+constexpr size_t kFewestForPanels = 64, kShortRow = 1024;  // of floats; short rows as soon as there are tiles
 template <Dtype D>
 constexpr size_t kFewestForScatter = D == Dtype::int8 ? 9 : 4;
 
@@ -23,6 +26,8 @@ void dot_typed(const StoredRows& w, const RowList& rows, const Input& x, size_t 
     dot_streamed<D>(w, rows, x, tokens, y, y_stride);
   else if constexpr (is_integer(D))
     dot_blocked_integer<D>(w, rows, x, tokens, scratch, y, y_stride);
+  else if (x.tiles && tokens >= (w.length <= kShortRow ? kFewestForTiles : kFewestForPanels))
+    dot_panels<D>(w, rows, x, tokens, scratch, y, y_stride);
   else
     dot_blocked_float<D>(w, rows, x, tokens, scratch, y, y_stride);
 }

@@ -18,6 +18,7 @@ const Kernels table = {
     scatter,
     expand,
     quantise,
+    interleave,
     list_active,
     activate,
     multiply,

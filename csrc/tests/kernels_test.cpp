@@ -21,7 +21,7 @@ bool is_close(double a, double b, double scale = 1.0) {
 // Token vectors of n entries, padded with zeros, with their quantised form.
 struct Tokens {
   size_t n, stride, count;
-  Floats x, scale;
+  Floats x, scale, tiles;
   std::vector<int8_t> high, low;
   std::vector<int16_t> pairs, groups;
   std::vector<int64_t> sum;
@@ -32,6 +32,7 @@ struct Tokens {
         count(count_),
         x(count * stride),
         scale(count),
+        tiles((count / kTileTokens + 1) * tile_size(stride)),
         high(count * stride),
         low(count * stride),
         pairs(count * stride),
@@ -43,13 +44,21 @@ struct Tokens {
       k.quantise(&x[t * stride], stride, &high[t * stride], &low[t * stride], &pairs[t * stride],
                  &groups[2 * t * stride], &scale[t], &sum[t]);
     }
+    for (size_t t = 0, tile = 0; t < count; t += kTileTokens, ++tile)
+      k.interleave(&x[t * stride], stride, std::min(kTileTokens, count - t), stride,
+                   &tiles[tile * tile_size(stride)]);
   }
 
   Input input(size_t t = 0) const {
-    return {&x[t * stride],     stride,
-            &high[t * stride],  &low[t * stride],
-            &pairs[t * stride], &groups[2 * t * stride],
-            &scale[t],          &sum[t]};
+    return {&x[t * stride],
+            stride,
+            &high[t * stride],
+            &low[t * stride],
+            &pairs[t * stride],
+            &groups[2 * t * stride],
+            &scale[t],
+            &sum[t],
+            t == 0 ? tiles.data() : nullptr};
   }
   Floats token(size_t t) const { return Floats(&x[t * stride], &x[t * stride] + n); }
 };
@@ -76,7 +85,7 @@ struct Scratch {
 void test_dot(const Kernels& k, Dtype dtype, size_t n, size_t rows, size_t tokens) {
   StoredMatrix w(dtype, rows, n, 1);
   Tokens x(k, n, tokens, 2);
-  Scratch scratch(dot_scratch(tokens));
+  Scratch scratch(dot_scratch(n, tokens));
   double unit = is_integer(dtype) ? 50 : 10;  // an input may fall on the other side of a half
   Floats y(tokens * rows), listed(tokens * rows, 7.0f), alone(rows);
   k.dot(w.view(), nullptr, 0, rows, x.input(), tokens, scratch.get(), y.data(), rows);
@@ -98,8 +107,12 @@ void test_dot(const Kernels& k, Dtype dtype) {
   for (size_t n : {1, 31, 64, 68, 129, 257, 640})
     for (size_t rows : {1, 3, 4, 9})
       for (size_t tokens : {1, 2, 3, 5, 8, 17}) test_dot(k, dtype, n, rows, tokens);
-  for (size_t tokens : {2, 5, 33, 128}) test_dot(k, dtype, 1100, 131, tokens);
+  for (size_t tokens : {2, 5, 33, 61, 128}) test_dot(k, dtype, 1100, 131, tokens);
   test_dot(k, dtype, 2600, 67, 33);
+  if (is_integer(dtype)) return;
+  for (size_t n : {2600, 5200, 9000}) test_dot(k, dtype, n, 67, 65);  // panels whole, in halves, in quarters
+  for (size_t n : {1, 31, 48, 192, 640})
+    for (size_t tokens : {24, 29, 47}) test_dot(k, dtype, n, 67, tokens);
 }
 
 // The largest sums that rows, inputs and weights can make are still exact.
@@ -113,7 +126,7 @@ void test_large_sums(const Kernels& k, Dtype dtype) {
   int64_t weight = dtype == Dtype::int8 ? -127 : -8 * 127;
   Tokens x(k, kInputs, kTokens, 2);
   Floats y(kTokens * kRows), alone(kRows);
-  Scratch scratch(dot_scratch(kTokens));
+  Scratch scratch(dot_scratch(kInputs, kTokens));
   std::fill(x.x.begin(), x.x.end(), -1.0f);
   for (size_t t = 0; t < kTokens; ++t)
     k.quantise(&x.x[t * x.stride], x.stride, &x.high[t * x.stride], &x.low[t * x.stride],

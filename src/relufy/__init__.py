@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "CompareOptions": "relufy.methods.compare",
     "Engine": "relufy.engine",
     "Recipe": "relufy.recipe",
     "UserError": "relufy.errors",
+    "compare": "relufy.methods.compare",
     "finetune": "relufy.train.finetune",
     "info": "relufy.engine.info",
     "load_model": "relufy.model.checkpoint",
@@ -17,6 +19,7 @@ _PUBLIC = {
     "load_tokenizer": "relufy.model.checkpoint",
     "pack": "relufy.engine",
     "save_checkpoint": "relufy.model.checkpoint",
+    "site_table": "relufy.model.site_table",
     "sparsify": "relufy.methods.sparsify",
 }
 """Public name -> the module that has it. (Measuring is a wing of its own: `relufy.measure.measure`.)"""

@@ -9,6 +9,9 @@ import pytest
 from relufy.cli import main
 from relufy.errors import UserError
 
+BUDGET = ["sparsify", "bundled", "-o", "out", "--budget", "1%"]
+TEAL = ["sparsify", "bundled", "-o", "out", "--recipe", "teal"]
+
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must be refused; return the one line that it says."""
@@ -23,6 +26,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "said"),
     [
         (["sparsify"], "Missing argument 'model'"),
+        (["sparsify", "bundled", "-o", "out"], "give --recipe NAME or --budget 1%"),
+        ([*BUDGET, "--recipe", "teal"], "one of them"),
+        ([*BUDGET, "--sparsity", "0.5"], "--sparsity and --set belong to a recipe"),
+        (BUDGET, "--budget needs text to search on"),
+        ([*BUDGET[:-1], "0", "--calibration", "self"], "budget"),
+        ([*BUDGET[:-1], "much", "--calibration", "self"], "budget"),
+        ([*BUDGET, "--calibration", "nowhere.txt"], "no text file nowhere.txt"),
         (["nonsense"], "nonsense"),
         (["recipes", "--nonsense"], "--nonsense"),
         (["generate", "bundled", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -54,6 +64,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["recipes", "relufy-stage3"], "did you mean 'relufy-stage2'"),
         (["sparsify", "bundled", "-o", "out", "--recipe", "dense-control"], "makes no zeros"),
         (["sparsify", "nowhere", "-o", "out", "--recipe", "relufy-stage1"], "no checkpoint folder nowhere"),
+        (
+            ["sparsify", "bundled", "-o", "out", "--recipe", "teal"],
+            "--calibration FILE, or --calibration self",
+        ),
+        ([*TEAL, "--calibration", "nowhere.txt"], "no text file nowhere.txt"),
+        ([*TEAL, "--calibration", "self", "--calibration", "x"], "either files or 'self'"),
+        ([*TEAL, "--calibration", "self", "--sparsity", "1"], "sparsity must lie between 0 and 1, found 1"),
+        ([*TEAL, "--calibration", "self", "--sparsity", "0"], "sparsity must lie between 0 and 1, found 0"),
+        ([*TEAL, "--calibration", "self", "--set", "calibrate.window=4096"], "longer than the 512"),
+        ([*TEAL, "--calibration", "self", "--set", "sparsify.allocation=best"], "expected one of 'greedy'"),
         (["cache"], "Missing command"),
         (["verify", "nowhere.relufy"], "nowhere.relufy"),
     ],

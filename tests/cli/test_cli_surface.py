@@ -27,6 +27,9 @@ SURFACE = {
     "cache clear": "--json",
     "cache list": "--json",
     "chat": f"model --system --template --plain --max-new-tokens {CHOICE} {OPENING}",
+    "compare": "model --text --calibration --methods --targets --own-targets --mode --window --max-windows"
+    " --calibration-tokens --set --no-controls --speed --threads --dtype --seed --allow-same-text -o --output"
+    " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --set --resume --json",
@@ -35,7 +38,8 @@ SURFACE = {
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "recipes": "name",
-    "sparsify": "model -o --output --recipe --set",
+    "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --budget --minutes"
+    " --selection --test --windows --window --dtype --threads --seed --no-measure --plot --json",
     "verify": "file --json",
 }
 

@@ -1,4 +1,4 @@
-"""Self-written text: it is the model's own distribution, it repeats exactly, and its overlap is seen."""
+"""Self-written text: it is the model's own distribution, and it repeats exactly."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ from relufy.errors import UserError
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.train import selftext
-from relufy.train.selftext import overlap, write_windows
+from relufy.train.selftext import write_windows
 
 BOS = 0
 
@@ -140,26 +140,3 @@ def test_what_cannot_be_written_is_refused(model, own_cache: Path, arguments: di
     with pytest.raises(UserError, match=message):
         write_windows(model, **({"count": 2, "window": 4, "seed": 0, "bos": BOS} | arguments))
     assert not (own_cache / "selftext").exists()
-
-
-def test_overlap_finds_planted_repeats() -> None:
-    random = np.random.default_rng(0)
-    train, test = random.integers(0, 1000, (20, 40)), random.integers(0, 1000, (10, 40))
-    clean = overlap(train, test)
-    assert (clean.windows, clean.identical_windows, clean.ngram) == (10, 0, 13)
-    assert (clean.ngrams, clean.seen_ngrams, clean.seen_share) == (10 * 28, 0, 0.0)
-    test[2] = train[7]
-    test[5, 3:18] = train[0, 20:35]
-    planted = overlap(train, test)
-    assert planted.identical_windows == 1
-    assert planted.seen_ngrams == 28 + 3
-
-
-def test_overlap_does_not_run_across_windows() -> None:
-    train = np.arange(40).reshape(2, 20)
-    assert overlap(train, np.arange(10, 30).reshape(1, 20)).seen_ngrams == 0
-
-
-def test_overlap_of_short_windows_uses_their_length() -> None:
-    found = overlap(np.arange(12).reshape(2, 6), np.arange(6).reshape(1, 6))
-    assert (found.ngram, found.identical_windows, found.seen_share) == (6, 1, 1.0)

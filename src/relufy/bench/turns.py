@@ -17,7 +17,7 @@ from relufy.engine.cpu import usable_cores
 
 KV_DTYPE = "f16"
 """llama.cpp's default, so that all contenders read as much of the past."""
-REST_SECONDS = 0.03
+REST_SECONDS = 0.2
 """Between turns, so that the last contender's threads have parked before the next one starts."""
 
 Workers = dict[str, Worker]

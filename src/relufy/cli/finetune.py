@@ -57,14 +57,16 @@ def command(
 
     from relufy.methods.sparsify import sparsify
     from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+    from relufy.model.empty import refuse_without_sites
     from relufy.train.finetune import finetune, remove_checkpoints
 
     quiet_libraries()
+    refuse_without_sites(source)
     tokenizer, trained, teacher = load_tokenizer(source), load_model(source), load_model(original)
-    if chosen.sparsify is not None:
-        trained = sparsify(trained, chosen)
     with ProgressDisplay() as display:
         windows = training_windows(data, teacher, tokenizer, settings, display)
+        if chosen.sparsify is not None:
+            trained = sparsify(trained, chosen, windows, display.update)
         done = finetune(
             trained,
             settings,

@@ -14,6 +14,7 @@ from relufy.cli import (
     bench,
     cache,
     chat,
+    compare,
     demo,
     finetune,
     generate,
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, recipes, sparsify, finetune, measure, info, pack, verify, generate, chat):
+for command in (demo, recipes, sparsify, finetune, measure, compare, info, pack, verify, generate, chat):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

@@ -9,9 +9,10 @@ import numpy as np
 from relufy.demo.result import Texts
 from relufy.demo.watch import Watch
 from relufy.errors import UserError
+from relufy.measure.overlap import overlap
 from relufy.recipe import Finetune
 from relufy.text import read_windows
-from relufy.train.selftext import overlap, write_windows
+from relufy.train.selftext import write_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

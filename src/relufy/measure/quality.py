@@ -5,7 +5,7 @@ only. Windows are the independent units, so standard errors are taken over windo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ def perplexity(model: PreTrainedModel, windows: np.ndarray, batch_size: int = 16
         for ids in _batches(windows, batch_size, model):
             losses = -log_likelihood(_predictions(model, ids), ids[:, 1:])
             per_window += losses.double().mean(1).tolist()
-    nats, error = _mean_and_error(per_window)
+    nats, error = mean_and_error(per_window)
     return Perplexity(math.exp(nats), nats, error, windows[:, 1:].size)
 
 
@@ -71,7 +71,7 @@ def fidelity(
         for ids in _batches(windows, batch_size, model):
             expected = _predictions(dense, ids.to(dense.device)).to(ids.device)
             per_window += kl_divergence(expected, _predictions(model, ids)).double().mean(1).tolist()
-    kl, error = _mean_and_error(per_window)
+    kl, error = mean_and_error(per_window)
     return Fidelity(kl, error, windows[:, 1:].size, tuple(per_window))
 
 
@@ -80,7 +80,7 @@ def paired_difference(first: Fidelity, second: Fidelity) -> Difference:
     if len(first.per_window) != len(second.per_window):
         raise ValueError(f"{len(first.per_window)} windows cannot be paired with {len(second.per_window)}")
     pairs = zip(first.per_window, second.per_window, strict=True)
-    return Difference(*_mean_and_error([a - b for a, b in pairs]))
+    return Difference(*mean_and_error([a - b for a, b in pairs]))
 
 
 def log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,8 @@ def _predictions(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1]
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of windows' values and its standard error, NaN for a single one."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, math.nan

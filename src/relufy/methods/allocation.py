@@ -12,12 +12,11 @@ import numpy as np
 
 from relufy.errors import UserError
 from relufy.methods.blockwise import RecordedBlock, recorded_block
-from relufy.methods.inputs import maskable_groups, parameters
+from relufy.methods.inputs import Group, maskable_groups, parameters
 from relufy.methods.setting import Setting
 from relufy.model.structure import BlockSites
 from relufy.model.trial import Mask, Trial, trial_masks
 
-Group = tuple[str, ...]
 MaskAt = Callable[[int, Group, float], Mask]
 """From layer, group of sites and sparsity to the mask that makes it."""
 

@@ -46,11 +46,12 @@ class Collected:
     massive: dict[int, int]
 
     def note(self) -> str:
-        """Say what was left out, in a line; empty if nothing was."""
+        """Say what was counted and what was left out, in a line."""
+        counted = f"calibrated on {self.positions:,} positions, without the first of each window"
         if not self.massive:
-            return ""
+            return f"{counted}; none had massive activations"
         most, layers = max(self.massive.values()), f"layers {min(self.massive)} to {max(self.massive)}"
-        return f"massive activations at up to {most} of {self.positions} positions ({layers}): not counted"
+        return f"{counted} and without up to {most} with massive activations ({layers})"
 
 
 def collect(setting: Setting, windows: np.ndarray, probes: Sequence[Probe], task: str) -> Collected:

@@ -6,12 +6,17 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from relufy.activation_sparsity import Sparsifier
+from relufy.methods.calibrate import Probe
 from relufy.methods.setting import Setting
+from relufy.methods.sketch import Sketch
 from relufy.model.configuration import sparsity_of
 from relufy.model.structure import BlockSites, Projection
 
+Group = tuple[str, ...]
+"""The sites that one projection serves."""
 
-def maskable_groups(setting: Setting, block: BlockSites) -> list[tuple[str, ...]]:
+
+def maskable_groups(setting: Setting, block: BlockSites) -> list[Group]:
     """Return the sites of a block by the projection that serves them, without a `down` that reads zeros
     already: in a plain MLP with an activation that makes them, `neuron` and `down` are one site."""
     has_zeros = sparsity_of(setting.model).at("neuron", block.index) is not None
@@ -33,7 +38,28 @@ def same_tensor(block: BlockSites) -> dict[str, str]:
     return firsts
 
 
-def masks_by_threshold(block: BlockSites, thresholds: dict[tuple[str, ...], float]) -> Iterator[Sparsifier]:
+class InputSketches:
+    """How the magnitudes at every projection's input are distributed; inputs that are shared, once."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._firsts = [same_tensor(block) for block in setting.blocks]
+        self._sketches = {
+            (layer, first): Sketch() for layer, firsts in enumerate(self._firsts) for first in firsts.values()
+        }
+
+    def probes(self) -> list[Probe]:
+        return [Probe(layer, site, sketch.add) for (layer, site), sketch in self._sketches.items()]
+
+    def merge(self, other: "InputSketches") -> None:
+        for key, sketch in other._sketches.items():
+            self._sketches[key].merge(sketch)
+
+    def threshold(self, layer: int, group: Group, share: float) -> float:
+        """Return the threshold that leaves out this share of the entries."""
+        return self._sketches[layer, self._firsts[layer][group[0]]].quantile(share)
+
+
+def masks_by_threshold(block: BlockSites, thresholds: dict[Group, float]) -> Iterator[Sparsifier]:
     """Yield sparsifiers of a block from the threshold of each group; a threshold of 0 is no mask.
 
     Groups that read one norm's output with one threshold get one mask, where adapters see it too.

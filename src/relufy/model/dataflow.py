@@ -7,7 +7,7 @@ norm's output to the residual. So the tensors themselves are followed, by object
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,20 +21,26 @@ class Dataflow:
 
     readers: dict[str, frozenset[str]]
     """Module -> the innermost modules outside it that computed with the very tensor that it returned."""
+    first_names: dict[str, str] = field(default_factory=dict)
+    """Other names of a module that hangs in several places (GPT-1's activation) -> the one used above."""
 
     def was_called(self, module: str) -> bool:
-        return module in self.readers
+        return self._first_name(module) in self.readers
 
     def readers_within(self, producer: str, modules: Iterable[str]) -> set[str]:
         """Return those of `modules` that read the producer's output, themselves or in a child."""
         readers = self.readers.get(producer, frozenset())
-        return {module for module in modules if any(_is_within(reader, module) for reader in readers)}
+        names = {module: self._first_name(module) for module in modules}
+        return {module for module, name in names.items() if any(_is_within(r, name) for r in readers)}
 
     def is_read_only_by(self, producer: str, modules: Iterable[str]) -> bool:
         """Return whether every reader of the producer's output is one of `modules` or a child of one."""
         allowed = list(modules)
         readers = self.readers.get(producer, frozenset())
         return all(any(_is_within(reader, module) for module in allowed) for reader in readers)
+
+    def _first_name(self, module: str) -> str:
+        return self.first_names.get(module, module)
 
 
 def record_dataflow(model: nn.Module) -> Dataflow:
@@ -48,7 +54,9 @@ def record_dataflow(model: nn.Module) -> Dataflow:
     recorder = _Recorder()
     with _evaluating(model), torch.no_grad(), recorder.following(model), recorder:
         model(input_ids=token, use_cache=True)
-    return Dataflow(recorder.readers_by_module())
+    first = {module: name for name, module in model.named_modules()}
+    names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+    return Dataflow(recorder.readers_by_module(), {n: used for n, used in names.items() if n != used})
 
 
 def _is_within(module: str, ancestor: str) -> bool:

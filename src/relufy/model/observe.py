@@ -10,6 +10,9 @@ from torch import nn
 from relufy.model.selections import Selection
 from relufy.model.structure import BlockSites, find_blocks, stack_name
 
+ZerosOfTokens = Callable[[str, int, torch.Tensor], None]
+"""Called with a site, a layer, and the number of zeros at each token, `[batch * time]`."""
+
 
 class Observer:
     """Exact zero counts per site and layer, summed over every forward pass that ran while it was attached.
@@ -18,8 +21,9 @@ class Observer:
     attention mask marks as padding do not. What gradient checkpointing computes again is not counted again.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, each: ZerosOfTokens | None = None) -> None:
         self._num_layers = num_layers
+        self._each = each
         self._zeros: dict[str, list[Any]] = {}
         self._widths: dict[str, int] = {}
         self._tokens: Any = 0
@@ -70,10 +74,12 @@ class Observer:
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
-            self._last = (values, ((values.flatten(0, -2) == 0).sum(-1) * self._kept(values)).sum())
+            self._last = (values, (values.flatten(0, -2) == 0).sum(-1) * self._kept(values))
         self._widths[site] = values.shape[-1]
         layers = self._zeros.setdefault(site, [0] * self._num_layers)
-        layers[layer] = layers[layer] + self._last[1]
+        layers[layer] = layers[layer] + self._last[1].sum()
+        if self._each is not None:
+            self._each(site, layer, self._last[1])
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         """Return which rows are tokens, not padding: bool [rows]."""
@@ -85,8 +91,8 @@ class Observer:
 
 
 @contextmanager
-def observe_sites(model: nn.Module) -> Iterator[Observer]:
-    """Count zeros at every site of the model while this context lasts.
+def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterator[Observer]:
+    """Count zeros at every site of the model while this context lasts, and show `each` those of the tokens.
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
     Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
@@ -94,7 +100,7 @@ def observe_sites(model: nn.Module) -> Iterator[Observer]:
     that it serves; a plain MLP has no `gate`. Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
-    observer = Observer(len(blocks))
+    observer = Observer(len(blocks), each)
     with ExitStack() as hooks:
         stack = model.get_submodule(stack_name(blocks))
         begin = stack.register_forward_pre_hook(

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from relufy.errors import UserError
+from relufy.model.kinds import block_lists, num_layers, other_kinds
 
 MLP_SHAPES: tuple[tuple[str | None, str, str], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -20,6 +22,9 @@ MLP_SHAPES: tuple[tuple[str | None, str, str], ...] = (
     (None, "fc_in", "fc_out"),
     (None, "c_fc", "c_proj"),
     (None, "dense_h_to_4h", "dense_4h_to_h"),
+    ("Wi", "Wi", "Wo"),
+    ("w_in.w_0", "w_in.w_1", "w_out"),
+    (None, "0", "2"),
 )
 """(gate, up, down) of the MLPs of dense decoders. The same name twice: one fused projection."""
 
@@ -29,9 +34,12 @@ ATTENTION_SHAPES: tuple[tuple[str, str, str], ...] = (
     ("query_key_value", "query_key_value", "query_key_value"),
     ("qkv_proj", "qkv_proj", "qkv_proj"),
     ("Wqkv", "Wqkv", "Wqkv"),
+    ("Wq", "Wk", "Wv"),
+    ("project_q", "project_k", "project_v"),
 )
-ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "gelu_impl")
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "Wo", "attention_out")
+ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "gelu_impl", "w_in.act", "1")
+"""Names are relative to the module that holds a whole MLP or attention; "0" is the first of a Sequential."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +133,27 @@ def stack_name(blocks: Sequence[BlockSites]) -> str:
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    found = [(name, m) for name, m in lists if count and len(m) == count]
-    outer = [(name, m) for name, m in found if not any(name.startswith(f"{other}.") for other, _ in found)]
-    if len(outer) != 1:
+    _refuse_other_kinds(model)
+    found = block_lists(model)
+    if len(found) != 1:
+        lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         sizes = ", ".join(f"{name} ({len(m)})" for name, m in lists[:6]) or "none"
         raise UserError(
             f"{type(model).__name__} is not a decoder that relufy knows: looked for one list of "
-            f"num_hidden_layers = {count} blocks, found the lists: {sizes}"
+            f"num_hidden_layers = {num_layers(model)} blocks, found the lists: {sizes}"
         )
-    return outer[0]
+    return found[0]
+
+
+def _refuse_other_kinds(model: nn.Module) -> None:
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig) and config.get_text_config() is not config:
+        raise UserError(f"{name} is more than a decoder of text, and only such can be made sparse so far")
+    if kinds := other_kinds(model):
+        found = "; ".join(f"{kind.word} ({kind.details})" for kind in kinds)
+        raise UserError(
+            f"{name} is no dense decoder, and only such can be made sparse so far; it has: {found}"
+        )
 
 
 def _recognise(model: nn.Module, name: str, index: int, block: nn.Module) -> BlockSites:
@@ -161,18 +179,12 @@ def _recognise(model: nn.Module, name: str, index: int, block: nn.Module) -> Blo
 def _mlps(
     name: str, block: nn.Module
 ) -> Iterator[tuple[Projection | None, Projection, Projection, Activation]]:
-    """Look in the block and its direct children only: what lies deeper is an expert."""
-    for owner_name, owner in [
-        (name, block),
-        *((f"{name}.{child}", m) for child, m in block.named_children()),
-    ]:
-        attribute = next(
-            (a for a in ACTIVATION_ATTRIBUTES if isinstance(getattr(owner, a, None), nn.Module)), None
-        )
+    for relative, owner in block.named_modules():
+        owner_name = f"{name}.{relative}" if relative else name
+        activation = _activation(owner_name, owner)
         for gate, up, down in MLP_SHAPES:
             found = [_projection(owner_name, owner, part) for part in (gate or up, up, down)]
-            if attribute and all(found):
-                activation = Activation(f"{owner_name}.{attribute}", owner, attribute)
+            if activation and all(found):
                 yield (found[0] if gate else None, found[1], found[2], activation)  # type: ignore[misc]
                 break
 
@@ -188,14 +200,30 @@ def _attentions(name: str, block: nn.Module) -> Iterator[tuple[Projection, ...]]
                 break
 
 
+def _activation(owner_name: str, owner: nn.Module) -> Activation | None:
+    part = next((part for part in ACTIVATION_ATTRIBUTES if _submodule(owner, part)), None)
+    if part is None:
+        return None
+    parent, _, attribute = part.rpartition(".")
+    return Activation(f"{owner_name}.{part}", owner.get_submodule(parent), attribute)
+
+
 def _projection(owner_name: str, owner: nn.Module, part: str) -> Projection | None:
-    module = getattr(owner, part, None)
+    module = _submodule(owner, part)
     weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Module) or weight is None or weight.ndim != 2:
+    if module is None or weight is None or weight.ndim != 2:
         return None
     is_transposed = isinstance(getattr(module, "base_layer", module), Conv1D)
     rows, columns = weight.shape
     return Projection(f"{owner_name}.{part}", module, (columns, rows) if is_transposed else (rows, columns))
+
+
+def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a dotted path below the owner, None if there is none."""
+    module: object = owner
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
 
 
 def _check_shapes(where: str, sites: BlockSites) -> None:
@@ -218,7 +246,7 @@ def _check_complete(where: str, sites: BlockSites, block: nn.Module) -> None:
     if other:
         raise UserError(
             f"{where}: beside one attention and one MLP the block has weights that relufy does not know "
-            f"(a mixture of experts, a second mixer?): {', '.join(other[:4])}{', ...' * (len(other) > 4)}"
+            f"(a gate on attention, a second mixer?): {', '.join(other[:4])}{', ...' * (len(other) > 4)}"
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 _PUBLIC = {
     "FinetuneResult": "relufy.train.finetune",
-    "overlap": "relufy.train.selftext",
+    "overlap": "relufy.measure.overlap",
     "write_windows": "relufy.train.selftext",
 }
 
