@@ -176,3 +176,11 @@ def test_families_have_one_name_for_a_weight_in_torch_and_in_the_engine(tmp_path
 def _last(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     return list(config["activation_sparsity"]["provenance"]["derived_from"])[-1]
+
+
+def test_an_adapter_of_such_a_weight_is_not_packed(tmp_path: Path) -> None:
+    saved("wina", tmp_path / "model")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_model(tmp_path / "model"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"q_proj.weight {CHANGED}"):
+        relufy.pack(tmp_path / "model", tmp_path / "m.relufy", lora=tmp_path / "adapter")
