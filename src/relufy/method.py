@@ -188,6 +188,30 @@ class LaRoSA(Selecting):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """The automatic one: sites, thresholds and centres such that the engine's predicted time for a token is
+    least while the perplexity rises by no more than the budget."""
+
+    budget: float = 0.01
+    """How much the perplexity may rise, as a share of it: 0.01 is 1 %."""
+    minutes: float = 10.0
+    """What the search may take. A search that this does not end is repeatable."""
+    seed: int = 0
+    dtype: str = "f32"
+    """How the model will be packed for the engine."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < 10:
+            raise UserError(
+                f"budget is a share of the perplexity above 0, as 0.01 for 1 %, found {self.budget}"
+            )
+        if not 0 < self.minutes < float("inf"):
+            raise UserError(f"minutes must be above 0, found {self.minutes}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed must be between 0 and 2**32 - 1, found {self.seed}")
+
+
 METHODS: dict[str, type] = {
     "relufication": Relufication,
     "teal": Teal,
@@ -199,6 +223,7 @@ METHODS: dict[str, type] = {
     "fatrelu": FatRelu,
     "greedy": GreedySequential,
     "larosa": LaRoSA,
+    "auto": Auto,
 }
 """Sparsification methods by the name that they have in YAML and on the command line."""
 

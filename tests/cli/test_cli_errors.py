@@ -9,6 +9,7 @@ import pytest
 from relufy.cli import main
 from relufy.errors import UserError
 
+BUDGET = ["sparsify", "bundled", "-o", "out", "--budget", "1%"]
 TEAL = ["sparsify", "bundled", "-o", "out", "--recipe", "teal"]
 
 
@@ -25,6 +26,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "said"),
     [
         (["sparsify"], "Missing argument 'model'"),
+        (["sparsify", "bundled", "-o", "out"], "give --recipe NAME or --budget 1%"),
+        ([*BUDGET, "--recipe", "teal"], "one of them"),
+        ([*BUDGET, "--sparsity", "0.5"], "--sparsity and --set belong to a recipe"),
+        (BUDGET, "--budget needs text to search on"),
+        ([*BUDGET[:-1], "0", "--calibration", "self"], "budget"),
+        ([*BUDGET[:-1], "much", "--calibration", "self"], "budget"),
+        ([*BUDGET, "--calibration", "nowhere.txt"], "no text file nowhere.txt"),
         (["nonsense"], "nonsense"),
         (["recipes", "--nonsense"], "--nonsense"),
         (["generate", "bundled", "x", "--max-new-tokens", "0"], "--max-new-tokens"),

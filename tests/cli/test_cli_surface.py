@@ -38,7 +38,8 @@ SURFACE = {
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "recipes": "name",
-    "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --json",
+    "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --budget --minutes"
+    " --selection --test --windows --window --dtype --threads --seed --no-measure --plot --json",
     "verify": "file --json",
 }
 

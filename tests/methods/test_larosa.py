@@ -1,12 +1,14 @@
-"""LaRoSA: an orthogonal basis in which all inputs are exact and few of them say more."""
+"""LaRoSA: rotations are orthogonal, a top-k of everything is dense, zeros are those of the rotated basis."""
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tests.methods.written import bundled_model, drawn_windows, found_by, written_windows
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from tests.methods.calibrated import IDS, calibrated, realised, saved_and_loaded, text
+from tests.methods.written import bundled_model, found_by, written_windows
+from transformers import PreTrainedModel
 
 import families
 import relufy
@@ -16,170 +18,186 @@ from relufy.errors import UserError
 from relufy.hub import read_config
 from relufy.measure.bytes_read import bytes_engine
 from relufy.measure.quality import fidelity
-from relufy.measure.sparsity import measure_sparsity
 from relufy.method import LaRoSA
-from relufy.methods import larosa as larosa_module
-from relufy.methods.larosa import rotation
+from relufy.methods.larosa import NOTE, _passes, rotation
 from relufy.methods.setting import Found
-from relufy.methods.sparsify import sparsify
-from relufy.model.checkpoint import load_model, save_checkpoint
+from relufy.methods.sparsify import as_recipe, find, make_setting, sparsify
+from relufy.model.checkpoint import save_checkpoint
 from relufy.model.configuration import sparsity_of
+from relufy.model.observe import observe_sites
+from relufy.model.sites import find_sites
 from relufy.model.sparsifiers import apply_sparsity
 
-torch.set_num_threads(1)
 
-IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
-
-
-def correlated(rank: int, width: int, count: int = 3000) -> torch.Tensor:
-    """Return inputs that lie near a subspace of so many dimensions, f64."""
-    generator = torch.Generator().manual_seed(0)
-    inside = torch.randn(count, rank, generator=generator, dtype=torch.float64)
-    directions = torch.randn(rank, width, generator=generator, dtype=torch.float64)
-    return inside @ directions + 0.01 * torch.randn(count, width, generator=generator, dtype=torch.float64)
+def test_rotations_are_orthogonal_and_sort_by_variance() -> None:
+    x = torch.randn(500, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.linspace(1, 5, 24)
+    q = rotation(x.T @ x)
+    assert (q.T @ q - torch.eye(24)).abs().max() < 1e-10
+    lengths = (x @ q).square().sum(0)
+    assert (lengths.diff() < 0).all()
 
 
-@pytest.mark.parametrize(("width", "rank"), [(1, 1), (24, 24), (63, 5), (130, 1)])
-def test_a_rotation_is_orthogonal(width: int, rank: int) -> None:
-    x = correlated(rank, width)
-    basis = rotation(x.T @ x)
-    assert basis.dtype == torch.float64
-    assert (basis.T @ basis - torch.eye(width)).abs().max() < 1e-10
-    assert (basis @ basis.T - torch.eye(width)).abs().max() < 1e-10
-
-
-def test_a_rotation_of_nothing_is_orthogonal_too() -> None:
-    basis = rotation(torch.zeros(7, 7, dtype=torch.float64))
-    assert (basis.T @ basis - torch.eye(7)).abs().max() < 1e-10
-
-
-def test_the_first_directions_hold_the_most() -> None:
-    x = correlated(3, 24)
-    energy = (x @ rotation(x.T @ x)).square().mean(0)
-    assert torch.equal(energy.sort(descending=True).values, energy)
-    assert energy[:3].sum() > 0.999 * energy.sum()
-
-
-@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3", "falcon", "gpt2"])
-def test_keeping_everything_is_exact_to_rounding(name: str) -> None:
-    found = found_by(LaRoSA(), families.family(name), drawn_windows())
-    widths = {"down": 43}
-    everything = [
-        Sparsifier(s.sites, "topk", k=widths.get(s.sites[0], 24), rotation=s.rotation, layers=s.layers)
-        for s in found.sparsifiers
-    ]
-    model = sparsify(families.family(name), LaRoSA(), drawn_windows())
-    apply_sparsity(model, ActivationSparsity(tuple(everything)))
+@pytest.mark.parametrize("name", ["llama", "phi", "gpt2", "olmo2"])
+def test_keeping_everything_is_dense(name: str) -> None:
+    model = calibrated(name, LaRoSA(sparsity=1e-6))
     expected = families.family(name)(IDS).logits
-    assert (model(IDS).logits - expected).norm() < 1e-5 * expected.norm()
+    assert not torch.equal(model(IDS).logits, expected)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-SITES = {
-    "llama": [(("q", "k", "v"), True), (("gate", "up"), True), (("o",), False), (("down",), False)],
-    "phi3": [(("q", "k", "v"), True), (("gate", "up"), True), (("o",), False), (("down",), False)],
-    "olmo2": [((site,), True) for site in ("q", "k", "v", "gate", "up")]
-    + [(("o",), False), (("down",), False)],
-    "falcon": [(("q", "k", "v", "up"), True), (("o",), False), (("down",), False)],
-    "cohere": [(("q", "k", "v", "gate", "up"), True), (("o",), False), (("down",), False)],
-    "gpt2": [(("q", "k", "v"), True), (("up",), True), (("o",), False), (("down",), False)],
-    "opt": [(("q", "k", "v"), True), (("up",), True), (("o",), False)],
-}
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gpt2", "olmo2", "falcon"])
+def test_zeros_are_counted_in_the_rotated_basis(name: str) -> None:
+    assert abs(realised(calibrated(name, LaRoSA(sparsity=0.4)), text(seed=1)) - 0.4) < 0.02
 
 
-@pytest.mark.parametrize("name", SITES)
-def test_sites_of_families_and_their_round_trip(name: str, tmp_path: Path) -> None:
-    windows = drawn_windows()
-    found = found_by(LaRoSA(sparsity=0.4), families.family(name), windows)
-    assert [(s.sites, s.rotation) for s in found.sparsifiers if s.layers == (0,)] == SITES[name]
-    for tensor in found.tensors.values():
-        assert (tensor.T @ tensor - torch.eye(24)).abs().max() < 1e-5
-    model = sparsify(families.family(name), LaRoSA(sparsity=0.4), windows)
-    realised = measure_sparsity(model, windows).sparsity
-    for sparsifier in found.sparsifiers:
-        for site in sparsifier.sites:
-            width = 43 if site == "down" else 24
-            zeros = realised[site][sparsifier.layers[0]]  # type: ignore[index]
-            assert zeros == pytest.approx(1 - sparsifier.k / width, abs=1e-6), site  # type: ignore[operator]
-    save_checkpoint(model, None, tmp_path / "saved")
-    for loaded in (load_model(tmp_path / "saved"), AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+def test_inputs_are_made_of_the_greatest_components() -> None:
+    model = calibrated("llama", LaRoSA(sparsity=0.5))
+    mask = model.model.layers[0].input_layernorm.sparsifier
+    x, q = torch.randn(7, 24), mask.rotation
+    components = x @ q
+    cut = components.abs().sort(descending=True).values[:, 11:12]
+    expected = torch.where(components.abs() >= cut, components, 0) @ q.T
+    torch.testing.assert_close(mask(x), expected)
+
+
+def test_o_and_down_stay_in_their_basis() -> None:
+    sparsifiers = sparsity_of(calibrated("llama", LaRoSA())).sparsifiers
+    assert {s.sites: s.rotation for s in sparsifiers} == {
+        ("q", "k", "v"): True,
+        ("gate", "up"): True,
+        ("o",): False,
+        ("down",): False,
+    }
+
+
+def test_a_parallel_block_has_one_rotation() -> None:
+    first, *_ = sparsity_of(calibrated("phi", LaRoSA())).sparsifiers
+    assert first.sites == ("q", "k", "v", "up")
+
+
+def test_dense_tokens_pass_bit_for_bit() -> None:
+    model = calibrated("llama", LaRoSA(phase="decode"))
+    with observe_sites(model) as observer:
+        assert torch.equal(model(IDS).logits, families.family("llama")(IDS).logits)
+    assert max(observer.sparsity()["q"]) == 0
+    first = calibrated("llama", LaRoSA(dense_first_tokens=3))
+    assert torch.equal(first(IDS).logits[:, :3], families.family("llama")(IDS).logits[:, :3])
+    assert not torch.equal(first(IDS).logits[:, 3:], families.family("llama")(IDS).logits[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "phi3", "falcon"])
+def test_saved_and_loaded_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = calibrated(name, LaRoSA(), dtype)
+    loaded = saved_and_loaded(model, tmp_path / "saved", dtype)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_adapters_see_what_the_weights_see() -> None:
+    model = calibrated("llama", LaRoSA())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=2))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    before = adapted.eval()(IDS).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_the_engine_refuses_it_by_name(tmp_path: Path) -> None:
+    save_checkpoint(calibrated("llama", LaRoSA()), None, tmp_path / "larosa")
+    reason = r"LaRoSA's rotation has no fast path in the engine \(input of q\)"
+    with pytest.raises(UserError, match=reason):
+        relufy.pack(tmp_path / "larosa", tmp_path / "m.relufy")
+    assert not (tmp_path / "m.relufy").exists()
+    engine = relufy.info(tmp_path / "larosa")["engine"]
+    assert not engine["supported"]
+    assert "no fast path" in engine["reason"]
+
+
+def test_its_bytes_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save_checkpoint(calibrated("llama", LaRoSA()), None, tmp_path / "larosa")
+    with pytest.raises(UserError, match="no fast path"):
+        bytes_engine(decoder_spec(read_config(folder)), {}, 16)
 
 
 def test_readers_without_a_norm_of_their_own_share_one_basis() -> None:
-    found = found_by(LaRoSA(), families.family("olmo2"), drawn_windows())
-    assert torch.equal(found.tensors[0, "q", "rotation"], found.tensors[0, "v", "rotation"])
-    assert not torch.equal(found.tensors[0, "q", "rotation"], found.tensors[0, "up", "rotation"])
+    tensors = found_by(LaRoSA(), families.family("olmo2"), text()).tensors
+    assert torch.equal(tensors[0, "q", "rotation"], tensors[0, "v", "rotation"])
+    assert not torch.equal(tensors[0, "q", "rotation"], tensors[0, "up", "rotation"])
+
+
+def without_rotation(found: Found) -> ActivationSparsity:
+    return ActivationSparsity(
+        tuple(Sparsifier(s.sites, "topk", k=s.k, layers=s.layers) for s in found.sparsifiers)
+    )
 
 
 def narrow() -> PreTrainedModel:
-    """Return a model whose hidden states lie near a few directions: its embeddings do, its blocks whisper."""
-    model = families.family("llama")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        thin = torch.randn(53, 6, generator=generator) @ torch.randn(6, 24, generator=generator)
-        model.model.embed_tokens.weight.copy_(thin)
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= 0.05
-            layer.mlp.down_proj.weight *= 0.05
+    """Return a model whose hidden states lie near 6 directions: its embeddings do, its blocks whisper."""
+    model, generator = families.family("llama"), torch.Generator().manual_seed(0)
+    thin = torch.randn(53, 6, generator=generator) @ torch.randn(6, 24, generator=generator)
+    model.model.embed_tokens.weight.data.copy_(thin)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= 0.05
+        layer.mlp.down_proj.weight.data *= 0.05
     return model
 
 
-def without_rotation(found: Found) -> tuple[Sparsifier, ...]:
-    return tuple(Sparsifier(s.sites, "topk", k=s.k, layers=s.layers) for s in found.sparsifiers)
-
-
 def test_correlated_inputs_err_less_than_with_plain_top_k() -> None:
-    windows, held_out = drawn_windows(), drawn_windows(seed=1)
-    model = sparsify(narrow(), LaRoSA(sparsity=0.7), windows)
-    plain = ActivationSparsity(without_rotation(found_by(LaRoSA(sparsity=0.7), narrow(), windows)))
-    assert (
-        fidelity(narrow(), model, held_out).kl
-        < fidelity(narrow(), apply_sparsity(narrow(), plain), held_out).kl / 2
-    )
+    rotated = sparsify(narrow(), LaRoSA(sparsity=0.7), text())
+    found = found_by(LaRoSA(sparsity=0.7), narrow(), text())
+    plain = apply_sparsity(narrow(), without_rotation(found))
+    divergence = [fidelity(narrow(), model, text(seed=1)).kl for model in (rotated, plain)]
+    assert divergence[0] < divergence[1] / 2
 
 
 def test_real_text_errs_less_than_with_plain_top_k() -> None:
     calibration, held_out = written_windows()
-    found = found_by(LaRoSA(), bundled_model(), calibration)
-    dense = bundled_model()
+    found, dense = found_by(LaRoSA(), bundled_model(), calibration), bundled_model()
     rotated = sparsify(bundled_model(), LaRoSA(), calibration)
-    plain = apply_sparsity(bundled_model(), ActivationSparsity(without_rotation(found)))
+    plain = apply_sparsity(bundled_model(), without_rotation(found))
     assert fidelity(dense, rotated, held_out).kl < fidelity(dense, plain, held_out).kl
-    assert found.notes[0] == "quality reference: no fast path"
-
-
-def test_moments_that_do_not_fit_together_are_summed_in_more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = found_by(LaRoSA(), families.family("llama"), drawn_windows())
-    monkeypatch.setattr(larosa_module, "MOMENT_BYTES", 3 * 8 * 24 * 24)
-    apart = found_by(LaRoSA(), families.family("llama"), drawn_windows())
-    assert apart.sparsifiers == at_once.sparsifiers and apart.notes == at_once.notes
-    assert all(torch.equal(apart.tensors[key], tensor) for key, tensor in at_once.tensors.items())
-
-
-def test_the_engine_and_its_bytes_refuse_by_name(tmp_path: Path) -> None:
-    folder = save_checkpoint(
-        sparsify(families.family("llama"), LaRoSA(), drawn_windows()), None, tmp_path / "saved"
-    )
-    with pytest.raises(UserError, match="LaRoSA's rotation has no fast path in the engine"):
-        relufy.pack(folder, tmp_path / "packed.relufy")
-    with pytest.raises(UserError, match="no fast path"):
-        bytes_engine(decoder_spec(read_config(folder)), {}, 16)
-    assert not (tmp_path / "packed.relufy").exists()
-
-
-def test_the_first_position_of_a_window_says_nothing() -> None:
-    windows = drawn_windows()
-    other = windows.copy()
-    other[:, 0] = np.random.default_rng(9).integers(0, 53, len(windows))
-    model = families.family("llama")
-    for layer in model.model.layers:  # so that nothing else sees the first token
-        layer.self_attn.o_proj.weight.data.zero_()
-    tensors = [found_by(LaRoSA(), model, text).tensors for text in (windows, other)]
-    assert torch.equal(tensors[0][0, "q", "rotation"], tensors[1][0, "q", "rotation"])
 
 
 def test_a_relu_on_the_same_input_is_refused() -> None:
     relufied = sparsify(families.family("llama"), "relufy-stage2")
     with pytest.raises(UserError, match="the model already has relu at 'q'"):
-        sparsify(relufied, LaRoSA(), drawn_windows())
+        sparsify(relufied, LaRoSA(), text())
     assert all(s.function == "relu" for s in sparsity_of(relufied).sparsifiers)
+
+
+def test_its_notes_say_so() -> None:
+    setting = make_setting(families.family("llama"), as_recipe(LaRoSA()), text())
+    assert NOTE in find(LaRoSA(), setting).notes
+
+
+def test_moments_are_summed_in_as_many_passes_as_memory_asks_for() -> None:
+    widths = {(layer, site): 4096 for layer in range(32) for site in ("q", "gate")}
+    parts = list(_passes(widths))
+    assert {place: width for part in parts for place, width in part.items()} == widths
+    assert [len(part) for part in parts] == [8] * 8
+    assert list(_passes({(0, "q"): 24, (0, "gate"): 24})) == [{(0, "q"): 24, (0, "gate"): 24}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sites": ("o",)}, "a rotation needs the input of q, k, v, gate, up"),
+        ({"per_channel": ("weight",)}, "without per_channel or correction"),
+        ({"correction": "low_rank"}, "without per_channel or correction"),
+        ({"sites": ("q",), "function": "relu", "k": None}, "rotation belongs to threshold, topk"),
+    ],
+)
+def test_rotations_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sparsifier(**{"sites": ("q",), "function": "topk", "k": 3, "rotation": True} | changes)
+
+
+def test_a_rotation_of_another_width_is_refused() -> None:
+    model = families.family("llama")
+    sparsity = ActivationSparsity((Sparsifier(("q",), "topk", k=3, rotation=True),))
+    names = [f"{block.q.name}.sparsifier.rotation" for block in find_sites(model)]
+    with pytest.raises(UserError, match=r"should be floating-point \[24, 24\]"):
+        apply_sparsity(model, sparsity, dict.fromkeys(names, torch.eye(23)))

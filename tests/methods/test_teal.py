@@ -10,7 +10,7 @@ import families
 from relufy.errors import UserError
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Calibration, Teal
-from relufy.methods.allocation import greedy, uniform
+from relufy.methods.allocation import Greedy, uniform
 from relufy.methods.blockwise import recorded_block
 from relufy.methods.calibrate import collect
 from relufy.methods.inputs import InputSketches, maskable_groups, parameters, same_tensor
@@ -92,12 +92,20 @@ def test_greedy_moves_the_block_less_than_equal_shares(name: str) -> None:
     def mask_at(layer: int, group: tuple[str, ...], share: float) -> Mask:
         return keep_at_least(inputs.threshold(layer, group, share))
 
-    found = greedy(setting, setting.text("teal"), mask_at, 0.5, step=0.2, most=0.9)
+    found = Greedy(setting, setting.text("teal"), mask_at, step=0.2, most=0.9).shares(0.5)
     block = setting.blocks[0]
     total = sum(parameters(block, group) for group in block.groups())
     assert sum(parameters(block, g) * s for g, s in found[0].items()) / total == pytest.approx(0.5)
     assert max(found[0].values()) <= 0.9
     assert block_error(setting, found) < block_error(setting, uniform(setting, 0.5))
+
+
+def test_a_target_after_others_is_what_it_is_alone() -> None:
+    together, alone = setting_of(GATED), [setting_of(GATED) for _ in range(3)]
+    for share, other in zip((0.5, 0.3, 0.6), alone, strict=True):
+        method = Teal(sparsity=share, step=0.2)
+        assert find(method, together) == find(method, other)
+    assert find(Teal(sparsity=0.3, step=0.4), together) != find(Teal(sparsity=0.3, step=0.2), together)
 
 
 def test_greedy_spares_what_matters() -> None:
@@ -107,14 +115,13 @@ def test_greedy_spares_what_matters() -> None:
         setting.blocks[0].o.module.weight.zero_()  # type: ignore[operator]
     inputs = InputSketches(setting)
     collect(setting, setting.text("teal"), inputs.probes(), "")
-    shares = greedy(
+    shares = Greedy(
         setting,
         setting.text("teal"),
         lambda layer, group, share: keep_at_least(inputs.threshold(layer, group, share)),
-        0.2,
         step=0.1,
         most=0.9,
-    )
+    ).shares(0.2)
     assert sum(shares[0][(site,)] for site in ("gate", "up", "down")) == 0
 
 

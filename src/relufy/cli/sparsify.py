@@ -10,34 +10,109 @@ from relufy.cli.options import Assignments, Json, Model, OutputFolder
 from relufy.cli.output import note, print_json, result
 from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
+from relufy.errors import UserError
 
 if TYPE_CHECKING:
     from relufy.recipe import Recipe
+
+
+BUDGET = "With --budget"
+"""The help's panel of what only the automatic search takes."""
 
 
 def command(
     model: Model,
     output: OutputFolder,
     recipe: Annotated[
-        str, typer.Option("--recipe", "--method", help="A shipped recipe (`relufy recipes`) or a YAML file.")
-    ],
+        str | None,
+        typer.Option("--recipe", "--method", help="A shipped recipe (`relufy recipes`) or a YAML file."),
+    ] = None,
     calibration: CalibrationText = None,
     sparsity: Annotated[
         float | None, typer.Option(help="The method's target, between 0 and 1, instead of the recipe's.")
     ] = None,
     assign: Assignments = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Instead of a recipe: what saves most within a rise of perplexity, as 1%."),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.05, help="The search ends by then.", rich_help_panel=BUDGET)
+    ] = 10.0,
+    selection: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that decides; by default parts of --calibration.", rich_help_panel=BUDGET),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that reports and decides nothing.", rich_help_panel=BUDGET),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=8, help="Windows of all three texts together, at most.", rich_help_panel=BUDGET)
+    ] = 240,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens in a window of the search.", rich_help_panel=BUDGET)
+    ] = 256,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Save time in a file packed so: f32, bf16, int8 or int4.", rich_help_panel=BUDGET),
+    ] = "f32",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of the engine; by default the cores.", rich_help_panel=BUDGET),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Deals the text out.", rich_help_panel=BUDGET)] = 0,
+    no_measure: Annotated[
+        bool,
+        typer.Option(
+            "--no-measure",
+            help="Take a table's reading speeds, not this machine's, so that another run repeats it.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what was tried (.svg, .png).", rich_help_panel=BUDGET)
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Make a model activation-sparse as a recipe says, and save it."""
+    """Make a model activation-sparse as a recipe says, or as a budget of perplexity allows, and save it."""
+    if (recipe is None) == (budget is None):
+        raise UserError("give --recipe NAME or --budget 1%, one of them")
+    if budget is None:
+        run(model, output, chosen_recipe(str(recipe), sparsity, assign), calibration or [], json)
+        return
+    if sparsity is not None or assign:
+        raise UserError("--sparsity and --set belong to a recipe; with --budget the search decides")
+    from relufy.cli import budget as search
+
+    options = search.BudgetOptions(
+        budget=budget,
+        text=calibration or (),
+        selection=selection or (),
+        test=test or (),
+        minutes=minutes,
+        dtype=dtype,
+        seed=seed,
+        window=window,
+        windows=windows,
+        threads=threads,
+        measure=not no_measure,
+        plot=plot,
+        json=json,
+    )
+    search.run(model, output, options)
+
+
+def chosen_recipe(name: str, sparsity: float | None, assign: list[str] | None) -> "Recipe":
+    """Return the recipe with the values given. Raises UserError."""
     from relufy.recipe import load_recipe
 
     values = [f"sparsify.sparsity={sparsity}"] if sparsity is not None else []
-    run(model, output, load_recipe(recipe).with_values([*values, *(assign or ())]), calibration or [], json)
+    return load_recipe(name).with_values([*values, *(assign or ())])
 
 
 def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool) -> None:
     """Sparsify as the recipe says; refuse early what would fail late."""
-    from relufy.errors import UserError
     from relufy.files import refuse_occupied
     from relufy.hub import model_folder
     from relufy.method import Selecting

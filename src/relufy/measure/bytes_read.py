@@ -7,6 +7,7 @@ count, there and here.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from relufy.engine.layer_spec import LayerSpec
 from relufy.engine.pack import is_bundled, is_by_input
@@ -65,6 +66,21 @@ class Packing:
 F32 = Packing()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Bytes that are read for one token in one way: as a stream, or by a list of rows or columns.
+
+    `share` is the share of the matrix that is listed; layer and site are those of a projection.
+    """
+
+    kind: str
+    bytes: float
+    how: Literal["stream", "rows", "columns"] = "stream"
+    share: float = 1.0
+    layer: int | None = None
+    site: str = ""
+
+
 def correction_ranks(spec: DecoderSpec, weights: SafetensorsFolder) -> dict[tuple[int, str], int]:
     """Return the rank of each low-rank correction of a checkpoint, by layer and site."""
     return {
@@ -96,21 +112,26 @@ def bytes_by_kind(
     A site that `sparsity` does not name has the zeros of the one whose mask it shares, else none; `down` has
     at least those of `neuron`.
     """
+    kinds = dict.fromkeys(("embedding and head", *KIND.values(), "keys and values", LISTS), 0.0)
+    for reading in readings(spec, sparsity, context, packing):
+        kinds[reading.kind] += reading.bytes
+    return kinds
+
+
+def readings(
+    spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing = F32
+) -> Iterator[Reading]:
+    """Yield what is read for one token, and how; `bytes_by_kind` is the sum of it."""
     wide = packing.wide_dtype
     embedding = row_bytes(spec.hidden_size, wide)
-    kinds = {
-        "embedding and head": embedding + _row_bytes(spec.vocab_size, spec.hidden_size, wide),
-        **dict.fromkeys(KIND.values(), 0.0),
-        "keys and values": sum(_kv_bytes(spec, layer, context, packing) for layer in spec.layers),
-        LISTS: _norm_bytes(spec),
-    }
+    yield Reading("embedding and head", embedding + _row_bytes(spec.vocab_size, spec.hidden_size, wide))
+    yield Reading("keys and values", sum(_kv_bytes(spec, layer, context, packing) for layer in spec.layers))
+    yield Reading(LISTS, _norm_bytes(spec))
     flags = numbers(spec)
     for index, layer in enumerate(spec.layers):
         shared = {s: first for s, first in SHARES.items() if flags.get(f"layers.{index}.{s}.shares_{first}")}
         used = {site: 1 - values[index] for site, values in sparsity.items()}
-        for kind, amount in _Layer(spec, layer, index, used, shared, packing).amounts():
-            kinds[kind] += amount
-    return kinds
+        yield from _Layer(spec, layer, index, used, shared, packing).readings()
 
 
 @dataclass(frozen=True)
@@ -124,32 +145,43 @@ class _Layer:
     shared: Mapping[str, str]
     packing: Packing
 
-    def amounts(self) -> Iterator[tuple[str, float]]:
-        """Yield kinds of bytes and how many."""
+    def readings(self) -> Iterator[Reading]:
+        """Yield what is read of this layer."""
         for name, (outputs, inputs) in self.spec.matrix_shapes().items():
             if name in ("up", "down") and is_bundled(self.spec, self.index, self.packing.for_):
                 yield from self._neurons(name)
             elif is_by_input(self.spec, self.index, name, self.packing.for_):
                 yield from self._columns(name, outputs, inputs)
             else:
-                yield KIND[name], _row_bytes(outputs, inputs, self.packing.dtype)
+                yield self._reading(name, _row_bytes(outputs, inputs, self.packing.dtype))
             if self._is_corrected(name):
                 rank, dtype = self.packing.ranks[self.index, name], self.packing.float_dtype
-                yield KIND[name], rank * row_bytes(inputs, dtype) + outputs * row_bytes(rank, dtype)
+                yield self._reading(name, rank * row_bytes(inputs, dtype) + outputs * row_bytes(rank, dtype))
 
-    def _neurons(self, name: str) -> Iterator[tuple[str, float]]:
-        site = "neuron" if name == "up" else "down"
-        listed = self.spec.intermediate_size * self._share(site)
-        yield KIND[name], _row_bytes(listed, self.spec.hidden_size, self.packing.dtype)
-        yield LISTS, listed * INDEX_BYTES
+    def _reading(
+        self,
+        name: str,
+        amount: float,
+        how: Literal["stream", "rows", "columns"] = "stream",
+        share: float = 1.0,
+    ) -> Reading:
+        return Reading(KIND[name], amount, how, share, self.index, name)
 
-    def _columns(self, name: str, outputs: int, inputs: int) -> Iterator[tuple[str, float]]:
-        listed, dtype = inputs * self._share(name), row_dtype(outputs, self.packing.dtype)
+    def _neurons(self, name: str) -> Iterator[Reading]:
+        how, share = ("rows", self._share("neuron")) if name == "up" else ("columns", self._share("down"))
+        listed = self.spec.intermediate_size * share
+        amount = _row_bytes(listed, self.spec.hidden_size, self.packing.dtype)
+        yield self._reading(name, amount, how, share)  # type: ignore[arg-type]
+        yield Reading(LISTS, listed * INDEX_BYTES)
+
+    def _columns(self, name: str, outputs: int, inputs: int) -> Iterator[Reading]:
+        share = self._share(name)
+        listed, dtype = inputs * share, row_dtype(outputs, self.packing.dtype)
         reads_whole_rows = name == "down" and not self._is_corrected(name)
         stored = row_bytes(outputs, dtype) if reads_whole_rows else _part_bytes(outputs, dtype)
-        yield KIND[name], listed * (stored + _scale_bytes(dtype))
+        yield self._reading(name, listed * (stored + _scale_bytes(dtype)), "columns", share)
         if name not in self.shared:
-            yield LISTS, listed * INDEX_BYTES
+            yield Reading(LISTS, listed * INDEX_BYTES)
 
     def _share(self, site: str) -> float:
         substitute = self.shared.get(site) or ("neuron" if site == "down" else site)

@@ -29,63 +29,100 @@ def uniform(setting: Setting, target: float) -> list[dict[Group, float]]:
     return [dict.fromkeys(maskable_groups(setting, block), target) for block in setting.blocks]
 
 
-def greedy(
-    setting: Setting, windows: np.ndarray, mask_at: MaskAt, target: float, step: float, most: float
-) -> list[dict[Group, float]]:
-    """Return the sparsity of each group of sites, block by block, so that each block reaches the target.
+class Greedy:
+    """The greedy shares for any target: a block's path does not depend on where it ends, so what was found
+    for one target serves the others.
 
     `step` is what a projection of hidden x hidden weights gets at once, larger ones get less in proportion;
-    `most` is what any may get. Raises UserError if the target is above it.
+    `most` is what any may get.
     """
-    if target > most:
-        raise UserError(f"a sparsity of {target} cannot be reached if no projection gets more than {most}")
-    count = max(1, ALLOCATION_TOKENS // windows.shape[1])
-    shares = []
-    for block in setting.blocks:
+
+    def __init__(
+        self, setting: Setting, windows: np.ndarray, mask_at: MaskAt, step: float, most: float
+    ) -> None:
+        self._setting = setting
+        self._windows = windows[: max(1, ALLOCATION_TOKENS // windows.shape[1])]
+        self._most = most
+        self._paths = [_Path(setting, block, mask_at, step, most) for block in setting.blocks]
+
+    def shares(self, target: float) -> list[dict[Group, float]]:
+        """Return the sparsity of each group of sites, block by block, so that each block reaches the target.
+
+        Raises UserError if the target is above the most that any may get.
+        """
+        if target > self._most:
+            raise UserError(
+                f"a sparsity of {target} cannot be reached if no projection gets more than {self._most}"
+            )
+        for done, path in enumerate(self._paths, start=1):
+            if not path.reaches(target):
+                self._extend(path, target)
+            self._setting.progress("allocating", done, len(self._paths))
+        return [path.shares(target) for path in self._paths]
+
+    def _extend(self, path: "_Path", target: float) -> None:
         with (
-            recorded_block(setting, windows[:count], block.index) as recorded,
-            trial_masks(setting.blocks) as trial,
+            recorded_block(self._setting, self._windows, path.block.index) as recorded,
+            trial_masks(self._setting.blocks) as trial,
         ):
-            shares.append(_allocate(setting, block, recorded, trial, mask_at, target, step, most))
-        setting.progress("allocating", block.index + 1, len(setting.blocks))
-    return shares
+            path.extend(target, recorded, trial)
 
 
-def _allocate(
-    setting: Setting,
-    block: BlockSites,
-    recorded: RecordedBlock,
-    trial: Trial,
-    mask_at: MaskAt,
-    target: float,
-    step: float,
-    most: float,
-) -> dict[Group, float]:
-    groups = maskable_groups(setting, block)
-    weights = {group: parameters(block, group) for group in groups}
-    unit = step * block.q.shape[1] ** 2
-    wanted = target * sum(weights.values())
-    shares, moved, error = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, -math.inf), 0.0
-    while (missing := wanted - _skipped(weights, shares)) > 1e-6 * wanted:
-        raised = {
-            g: min(most, shares[g] + min(unit, missing) / weights[g]) for g in groups if shares[g] < most
-        }
-        is_fresh = dict.fromkeys(raised, False)
-        while not is_fresh[best := min(raised, key=lambda group: moved[group])]:
-            trial.put(block.index, best[0], mask_at(block.index, best, raised[best]))
-            moved[best], is_fresh[best] = recorded.error() - error, True
-            _restore(trial, block.index, best, shares[best], mask_at)
-        shares[best], error = raised[best], error + moved[best]
-        _restore(trial, block.index, best, shares[best], mask_at)
-    return shares
+class _Path:
+    """The steps of one block, each a group of sites and its share from then on."""
 
+    def __init__(
+        self, setting: Setting, block: BlockSites, mask_at: MaskAt, step: float, most: float
+    ) -> None:
+        self.block = block
+        self._mask_at, self._most = mask_at, most
+        self._weights = {group: parameters(block, group) for group in maskable_groups(setting, block)}
+        self._unit = step * block.q.shape[1] ** 2
+        self._steps: list[tuple[Group, float]] = []
+        self._last = dict.fromkeys(self._weights, 0.0)
+        self._moved, self._error = dict.fromkeys(self._weights, -math.inf), 0.0
 
-def _restore(trial: Trial, layer: int, group: Group, share: float, mask_at: MaskAt) -> None:
-    trial.put(layer, group[0], mask_at(layer, group, share) if share else None)
+    def reaches(self, target: float) -> bool:
+        return self._skipped(self._last) >= self._wanted(target)
 
+    def shares(self, target: float) -> dict[Group, float]:
+        """Return the shares at a target that the path reaches; of the last step, as much as is missing."""
+        shares = dict.fromkeys(self._weights, 0.0)
+        for group, share in self._steps:
+            missing = self._wanted(target) - self._skipped(shares)
+            shares[group] = min(share, shares[group] + missing / self._weights[group])
+            if shares[group] < share:
+                break
+        return shares
 
-def _skipped(weights: Mapping[Group, int], shares: Mapping[Group, float]) -> float:
-    return sum(weights[group] * share for group, share in shares.items())
+    def extend(self, target: float, recorded: RecordedBlock, trial: Trial) -> None:
+        """Take steps until the block reaches the target."""
+        for group in self._last:
+            self._put(trial, group, self._last[group])
+        while not self.reaches(target):
+            raised = {
+                group: min(self._most, share + self._unit / self._weights[group])
+                for group, share in self._last.items()
+                if share < self._most
+            }
+            is_fresh = dict.fromkeys(raised, False)
+            while not is_fresh[best := min(raised, key=lambda group: self._moved[group])]:
+                self._put(trial, best, raised[best])
+                self._moved[best], is_fresh[best] = recorded.error() - self._error, True
+                self._put(trial, best, self._last[best])
+            self._last[best], self._error = raised[best], self._error + self._moved[best]
+            self._steps.append((best, raised[best]))
+            self._put(trial, best, raised[best])
+
+    def _put(self, trial: Trial, group: Group, share: float) -> None:
+        layer = self.block.index
+        trial.put(layer, group[0], self._mask_at(layer, group, share) if share else None)
+
+    def _wanted(self, target: float) -> float:
+        return target * sum(self._weights.values()) * (1 - 1e-9)
+
+    def _skipped(self, shares: Mapping[Group, float]) -> float:
+        return sum(self._weights[group] * share for group, share in shares.items())
 
 
 def mean_share(block: BlockSites, shares: Mapping[Sequence[str], float]) -> float:

@@ -4,7 +4,7 @@ The best of parents and children are the next parents, so what is found is never
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ CHILDREN_PER_PARENT = 4
 
 
 def evolve(
-    start: Mapping[Place, float],
+    starts: Sequence[tuple[float, Mapping[Place, float]]],
     loss: Callable[[Mapping[Place, float]], float],
     population: int,
     generations: int,
@@ -27,20 +27,19 @@ def evolve(
 ) -> tuple[dict[Place, float], float]:
     """Return the numbers of the least loss that was found, and that loss.
 
-    Each generation tries `population` children; every child is a parent with some of its numbers moved by
-    0.05 to 0.1 (R-Sparse, arXiv 2504.19449, section 4.3).
+    `starts` are the first parents, each with its loss. Each generation tries `population` children; every
+    child is a parent with some of its numbers moved by 0.05 to 0.1 (R-Sparse, arXiv 2504.19449, section 4.3).
     """
     random = np.random.default_rng(seed)
     num_parents = max(1, population // CHILDREN_PER_PARENT)
-    total = 1 + generations * population
-    ranked = [(loss(start), dict(start))]
-    progress(1, total)
+    total = generations * population
+    ranked = sorted([(of, dict(start)) for of, start in starts], key=_rank)[:num_parents]
     for generation in range(generations):
         children = []
         for child in range(population):
             mutated = _mutated(ranked[random.integers(len(ranked))][1], random)
             children.append((loss(mutated), mutated))
-            progress(2 + generation * population + child, total)
+            progress(generation * population + child + 1, total)
         ranked = sorted(ranked + children, key=_rank)[:num_parents]
     return ranked[0][1], ranked[0][0]
 

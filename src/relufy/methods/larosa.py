@@ -59,10 +59,8 @@ def larosa(method: LaRoSA, setting: Setting) -> Found:
 
 def rotation(moment: torch.Tensor) -> torch.Tensor:
     """Return the eigenvectors, as columns from the greatest eigenvalue on, of E[x^T x], f64."""
-    damping = DAMPING * moment.diagonal().mean()
-    return torch.linalg.eigh(moment + damping * torch.eye(len(moment), dtype=moment.dtype)).eigenvectors.flip(
-        1
-    )
+    damping = DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return torch.linalg.eigh(moment + damping).eigenvectors.flip(1)
 
 
 def _masks(setting: Setting, block: BlockSites) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -37,7 +37,7 @@ Splits = Mapping[Place, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a projection may read: `channels` columns of W, and a branch of `rank` (0: none)."""
+    """What a projection may read of its weights: `channels` columns of W, a branch of `rank` (0: none)."""
 
     channels: int
     rank: int
@@ -65,7 +65,7 @@ def low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def rsparse(method: RSparse, setting: Setting) -> Found:
-    """Return thresholds for every projection's input, and a low-rank branch where it is worth its weights."""
+    """Return thresholds for every projection's input, and low-rank branches where the split has them."""
     windows = setting.text("rsparse")
     calibrated = _Calibrated(method, setting)
     collected = collect(setting, windows, calibrated.probes, "calibrating")
@@ -163,12 +163,11 @@ def _search(
     """
     with trial_masks(setting.blocks) as trial:
         loss = functools.partial(_loss, setting, windows, calibrated, trial)
-        start: Splits = dict.fromkeys(calibrated.places, 1.0)
-        before = loss(start)
-        if method.channels < 1 and loss(uniform := dict.fromkeys(start, method.channels)) < before:
-            start = uniform
+        uniform = [dict.fromkeys(calibrated.places, share) for share in (1.0, method.channels)]
+        starts = [(loss(splits), splits) for splits in uniform[: 2 if method.channels < 1 else 1]]
+        before = starts[0][0]
         splits, after = evolve(
-            start,
+            starts,
             loss,
             method.population,
             method.generations,

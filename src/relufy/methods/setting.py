@@ -1,7 +1,8 @@
 """What a method gets to work with, and what it returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from relufy.activation_sparsity import Sparsifier
 from relufy.errors import UserError
 from relufy.method import Calibration
 from relufy.model.structure import BlockSites
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """Called with a task's name, what is done of it, and all of it."""
@@ -33,6 +36,15 @@ class Setting:
     """Token ids, int64 `[windows, length]`, each window opened by the beginning-of-sequence token."""
     calibration: Calibration = field(default_factory=Calibration)
     progress: Progress = no_progress
+    memory: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What methods keep for their next target (`remembered`)."""
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for this key with this model and this text, or make it now."""
+        place = (key, id(self.model), id(self.windows))
+        if place not in self.memory:
+            self.memory[place] = (make(), self.model, self.windows)  # kept, so that their ids stay theirs
+        return self.memory[place][0]
 
     @property
     def is_gated(self) -> bool:

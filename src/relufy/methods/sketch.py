@@ -47,6 +47,17 @@ class Sketch:
         lower, upper = _edges(key)
         return (below + inside * (threshold - lower) / (upper - lower)) / max(self.count, 1)
 
+    def curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ascending thresholds, and for each the share of magnitudes below it and the sum of their
+        squares over the count of all values. Between two of them both grow evenly."""
+        counts = self._magnitudes.numpy().astype(np.float64)
+        used = int(counts.nonzero()[0].max(initial=0)) + 1
+        edges = (np.arange(used + 1, dtype=np.int32) << _DROPPED_BITS).view(np.float32).astype(np.float64)
+        squares = counts[:used] * ((edges[1:] + edges[:-1]) / 2) ** 2
+        below = (np.concatenate([[0.0], part.cumsum()]) for part in (counts[:used], squares))
+        shares, sums = (part / max(self.count, 1) for part in below)
+        return edges, shares, sums
+
     def quantile(self, share: float) -> float:
         """Return the threshold that this share of magnitudes is below; 0 for a share that is 0 already."""
         wanted = share * self.count

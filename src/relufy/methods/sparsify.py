@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
-from relufy.method import METHODS, Relufication, Selecting, method_name
+from relufy.method import METHODS, Auto, Relufication, Selecting, method_name
 from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.model.configuration import refuse_quantized, sparsity_of
 from relufy.model.fingerprints import with_fingerprints
@@ -52,7 +52,7 @@ def make_setting(
 ) -> Setting:
     """Return what the recipe's method works with. Raises UserError if the model or the text is unfit."""
     refuse_quantized(model.config.to_dict(), type(model).__name__)
-    if isinstance(recipe.sparsify, Selecting):
+    if isinstance(recipe.sparsify, Selecting | Auto):
         _refuse_masks(model)
     if windows is not None:
         check_windows(windows, model.config.vocab_size)
@@ -77,7 +77,8 @@ def find(method: Any, setting: Setting) -> Found:
 def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
     """Put what a method found on the model, and return it. Masks leave it its activations with zeros."""
     present = sparsity_of(setting.model)
-    kept = _kept(present.sparsifiers, found.sparsifiers) if isinstance(recipe.sparsify, Selecting) else []
+    leaves = isinstance(recipe.sparsify, Selecting | Auto)
+    kept = kept_activations(present.sparsifiers, found.sparsifiers) if leaves else []
     sparsity = ActivationSparsity((*kept, *found.sparsifiers), recipe=recipe.to_mapping())
     provenance = present.provenance or base_provenance(setting.model)
     if setting.windows is not None:
@@ -114,7 +115,7 @@ def _with_phase(method: Selecting, sparsifier: Sparsifier) -> Sparsifier:
     return replace(sparsifier, phase=method.phase, dense_first_tokens=method.dense_first_tokens)
 
 
-def _kept(present: Sequence[Sparsifier], found: Sequence[Sparsifier]) -> list[Sparsifier]:
+def kept_activations(present: Sequence[Sparsifier], found: Sequence[Sparsifier]) -> list[Sparsifier]:
     """Return the activations that the model has where nothing new was found."""
     taken = {site for sparsifier in found for site in sparsifier.sites}
     return [s for s in present if not taken & set(s.sites)]

@@ -5,8 +5,10 @@ t of a projection such that a share p of its entries lies below it (section 4.1)
 allocation within each block, or are all the same.
 """
 
+from dataclasses import replace
+
 from relufy.method import Teal
-from relufy.methods.allocation import greedy, uniform
+from relufy.methods.allocation import Greedy, uniform
 from relufy.methods.calibrate import collect
 from relufy.methods.inputs import Group, InputSketches, masks_by_threshold
 from relufy.methods.setting import Found, Setting
@@ -15,19 +17,26 @@ from relufy.model.trial import Mask, keep_at_least
 
 def teal(method: Teal, setting: Setting) -> Found:
     """Return the thresholds of every projection's input."""
-    windows = setting.text("teal")
-    inputs = InputSketches(setting)
-    collected = collect(setting, windows, inputs.probes(), "calibrating")
-
-    def mask_at(layer: int, group: Group, share: float) -> Mask:
-        return keep_at_least(inputs.threshold(layer, group, share))
-
+    calibrated = setting.remembered(replace(method, sparsity=0.5), lambda: _Calibrated(method, setting))
     if method.allocation == "uniform":
         shares = uniform(setting, method.sparsity)
     else:
-        shares = greedy(setting, windows, mask_at, method.sparsity, method.step, method.most)
+        shares = calibrated.allocation.shares(method.sparsity)
     sparsifiers = []
     for block, of_block in zip(setting.blocks, shares, strict=True):
-        thresholds = {g: inputs.threshold(block.index, g, share) for g, share in of_block.items()}
+        thresholds = {g: calibrated.inputs.threshold(block.index, g, s) for g, s in of_block.items()}
         sparsifiers += masks_by_threshold(block, thresholds)
-    return Found(tuple(sparsifiers), notes=(collected.note(),))
+    return Found(tuple(sparsifiers), notes=(calibrated.note,))
+
+
+class _Calibrated:
+    """What serves every target: the inputs' distributions, and the allocation as far as it was needed."""
+
+    def __init__(self, method: Teal, setting: Setting) -> None:
+        windows = setting.text("teal")
+        self.inputs = InputSketches(setting)
+        self.note = collect(setting, windows, self.inputs.probes(), "calibrating").note()
+        self.allocation = Greedy(setting, windows, self._mask_at, method.step, method.most)
+
+    def _mask_at(self, layer: int, group: Group, share: float) -> Mask:
+        return keep_at_least(self.inputs.threshold(layer, group, share))

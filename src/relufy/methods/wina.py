@@ -11,12 +11,13 @@ score is as good a choice without it, only not provably the best.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from relufy.activation_sparsity import Sparsifier
 from relufy.method import Wina
-from relufy.methods.allocation import Group, greedy, uniform
+from relufy.methods.allocation import Greedy, Group, uniform
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.inputs import column_norms, maskable_groups, num_kept
 from relufy.methods.setting import Found, Setting
@@ -27,36 +28,46 @@ from relufy.model.trial import Mask
 
 def wina(method: Wina, setting: Setting) -> Found:
     """Return the masks of every projection's input, with the norms of its columns."""
-    windows = setting.text("wina")
-    norms = {
-        (block.index, group[0]): column_norms(block.projections()[group[0]])
-        for block in setting.blocks
-        for group in maskable_groups(setting, block)
-    }
-    sketches = {place: Sketch() for place in norms}
-    probes = [Probe(*place, _scores_to(sketches[place], norms[place])) for place in norms]
-    collected = collect(setting, windows, probes, "calibrating")
-
-    def selection(layer: int, group: Group, share: float) -> Sparsifier:
-        """Return the sparsifier of a group of sites that leaves out a share of its inputs."""
-        shared = {"per_channel": ("weight",), "layers": (layer,)}
-        if method.select == "topk":
-            return Sparsifier(group, "topk", k=num_kept(len(norms[layer, group[0]]), share), **shared)
-        return Sparsifier(group, "threshold", threshold=sketches[layer, group[0]].quantile(share), **shared)
-
-    def mask_at(layer: int, group: Group, share: float) -> Mask:
-        tensors = {"weight": norms[layer, group[0]]}
-        return Selection(selection(layer, group, share), tensors, TokenPositions())
-
+    calibrated = setting.remembered(replace(method, sparsity=0.5), lambda: _Calibrated(method, setting))
     if method.allocation == "uniform":
         shares = uniform(setting, method.sparsity)
     else:
-        shares = greedy(setting, windows, mask_at, method.sparsity, method.step, method.most)
+        shares = calibrated.allocation.shares(method.sparsity)
     chosen = [(layer, *pair) for layer, of_block in enumerate(shares) for pair in of_block.items()]
-    found = [selection(layer, group, share) for layer, group, share in chosen if share > 0]
+    found = [calibrated.selection(*place) for place in chosen if place[2] > 0]
     sparsifiers = tuple(s for s in found if s.threshold != 0)  # there, enough zeros come by themselves
-    tensors = {(s.layers[0], s.sites[0], "weight"): norms[s.layers[0], s.sites[0]] for s in sparsifiers}  # type: ignore[index]
-    return Found(sparsifiers, tensors, tuple(filter(None, (collected.note(),))))
+    placed = [(layer, s.sites[0]) for s in sparsifiers for layer in s.layers or ()]
+    tensors = {(*place, "weight"): calibrated.norms[place] for place in placed}
+    return Found(sparsifiers, tensors, (calibrated.note,))
+
+
+class _Calibrated:
+    """What serves every target: norms, the scores' distributions, and the allocation as far as needed."""
+
+    def __init__(self, method: Wina, setting: Setting) -> None:
+        windows = setting.text("wina")
+        self._is_topk = method.select == "topk"
+        self.norms = {
+            (block.index, group[0]): column_norms(block.projections()[group[0]])
+            for block in setting.blocks
+            for group in maskable_groups(setting, block)
+        }
+        self._scores = {place: Sketch() for place in self.norms}
+        probes = [Probe(*place, _scores_to(self._scores[place], self.norms[place])) for place in self.norms]
+        self.note = collect(setting, windows, probes, "calibrating").note()
+        self.allocation = Greedy(setting, windows, self._mask_at, method.step, method.most)
+
+    def selection(self, layer: int, group: Group, share: float) -> Sparsifier:
+        """Return the sparsifier of a group of sites that leaves out a share of its inputs."""
+        shared = {"per_channel": ("weight",), "layers": (layer,)}
+        if self._is_topk:
+            return Sparsifier(group, "topk", k=num_kept(len(self.norms[layer, group[0]]), share), **shared)
+        threshold = self._scores[layer, group[0]].quantile(share)
+        return Sparsifier(group, "threshold", threshold=threshold, **shared)
+
+    def _mask_at(self, layer: int, group: Group, share: float) -> Mask:
+        tensors = {"weight": self.norms[layer, group[0]]}
+        return Selection(self.selection(layer, group, share), tensors, TokenPositions())
 
 
 def _scores_to(sketch: Sketch, norms: torch.Tensor) -> Callable[[torch.Tensor], None]:

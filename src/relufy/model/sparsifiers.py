@@ -131,7 +131,7 @@ def _put(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Put the sparsifiers on their places, instead of all that were there."""
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     for block in blocks:
         _make_block_dense(block)
     positions = TokenPositions()
