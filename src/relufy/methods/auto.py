@@ -27,7 +27,6 @@ from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.methods.sparsify import make_setting
 from relufy.recipe import Recipe
 
-
 PREDICTION_ERROR = 0.005
 """Predicted times that are nearer than this are taken as equal."""
 
