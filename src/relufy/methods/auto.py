@@ -27,6 +27,9 @@ from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.methods.sparsify import make_setting
 from relufy.recipe import Recipe
 
+PREDICTION_ERROR = 0.005
+"""Predicted times that are nearer than this are taken as equal."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -118,14 +121,17 @@ def auto(method: Auto, setting: Setting) -> Found:
 
 def best(frontier: Frontier) -> tuple[Point, Found]:
     """Return the accepted candidate of least predicted time among those that save as many bytes as the best
-    single method does; where none is faster than dense, the one that saves most bytes."""
+    single method does, of about equal ones that of the fewest bytes; where none is faster than dense, the one
+    that saves most bytes."""
     single = best_single(frontier)
     most = single.bytes if single else math.inf
     allowed = [pair for pair in frontier.accepted if pair[0].bytes <= most]
     faster = [pair for pair in allowed if pair[0].time_saved > 0]
     if not faster:
         return min(allowed, key=lambda pair: pair[0].bytes)
-    return min(faster, key=lambda pair: (pair[0].seconds, pair[0].bytes))
+    least = min(point.seconds for point, _ in faster)
+    equal = [pair for pair in faster if pair[0].seconds <= least * (1 + PREDICTION_ERROR)]
+    return min(equal, key=lambda pair: pair[0].bytes)
 
 
 def best_single(frontier: Frontier) -> Point | None:

@@ -132,10 +132,11 @@ def _height(document: Document, dense: float) -> float:
 
 
 def _write_beyond(axes: Any, xs: Sequence[Any], values: Sequence[float], top: float, colour: str) -> None:
-    """Write what is beyond the upper edge, or no number, at that edge."""
+    """Write what is beyond the upper edge, or no number, below it; each method on a line of its own."""
+    line = len({text.get_color() for text in axes.texts})
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     style = {"color": colour, "fontsize": 8, "ha": "center", "va": "top", "bbox": box}
     for x, value in zip(xs, values, strict=True):
         if not value <= top:
             text = "NaN" if value != value else f"{value:.3g}"
-            axes.annotate(text, (x, top), (0, -4), textcoords="offset points", **style)
+            axes.annotate(text, (x, top), (0, -4 - 12 * line), textcoords="offset points", **style)

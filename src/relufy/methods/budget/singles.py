@@ -29,7 +29,7 @@ SINGLES: dict[str, Any] = {
 """What is tried, in this order while there is time: greedy allocations last, they take longest. R-Sparse is
 without its search of the split, which takes hundreds of times as long."""
 LEAST, MOST = 0.02, 0.9
-WAY = Climb(start=0.25, least=LEAST, most=MOST, power=3.0, tolerance=0.03, tries=5)
+WAY = Climb(start=0.25, least=LEAST, most=MOST, power=3.0, tolerance=0.01, tries=9)
 
 
 @dataclass(frozen=True)
