@@ -51,7 +51,7 @@ constexpr size_t kExactInt8 = 256, kExactInt4 = 32;   // steps: 2 * 127 (127 * 8
 
 // Calls function(size), the size (1 to T) as a constant.
 template <size_t T, class Function>
-inline void call_with(size_t size, Function&& function) {
+inline __attribute__((always_inline)) void call_with(size_t size, Function&& function) {
   if constexpr (T > 1)
     if (size < T) return call_with<T - 1>(size, function);
   function(std::integral_constant<size_t, T>());
@@ -59,11 +59,11 @@ inline void call_with(size_t size, Function&& function) {
 
 // Calls function(first token, number of tokens), the number as a constant, for tiles of equal size or nearly.
 template <class Function>
-inline void for_each_tile(size_t tokens, Function&& function) {
+inline __attribute__((always_inline)) void for_each_tile(size_t tokens, Function&& function) {
   for (size_t t = 0; t < tokens;) {
     size_t left = tokens - t, num_tiles = (left + kTile - 1) / kTile,
            size = (left + num_tiles - 1) / num_tiles;
-    call_with<kTile>(size, [&](auto constant) { function(t, constant); });
+    call_with<kTile>(size, [&](auto constant) __attribute__((always_inline)) { function(t, constant); });
     t += size;
   }
 }

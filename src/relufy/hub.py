@@ -1,7 +1,7 @@
 """From what a user calls a model to a folder on disk, its config.json and its weight files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +103,8 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no folder {hub_id} here, and the hub did not give it: {reason}") from None
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the positions that a config.json says the model has, by whichever name, or None."""
+    return next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)

@@ -62,8 +62,11 @@ class Selecting:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.startswith("sparsity") and not 0 < value < 1:
+            is_share = field.name.startswith("sparsity") or field.name == "step"
+            if is_share and not 0 < value < 1:
                 raise UserError(f"{field.name} must lie between 0 and 1, found {value}")
+            if field.name == "most" and not 0 < value <= 1:
+                raise UserError(f"most must be above 0 and at most 1, found {value}")
         if self.dense_first_tokens < 0:
             raise UserError(f"dense_first_tokens must be 0 or greater, found {self.dense_first_tokens}")
 
@@ -78,7 +81,7 @@ class Teal(Selecting):
 
     allocation: Literal["greedy", "uniform"] = "greedy"
     step: float = 0.05
-    """What a greedy step adds to a block's sparsity, times the projections of the block."""
+    """What a greedy step gives to a projection of hidden x hidden weights; larger ones get less."""
     most: float = 0.9
     """The most that a projection gets."""
 
@@ -177,6 +180,15 @@ class GreedySequential(Selecting):
     """The first sparsity that is tried at a site, and what each further try adds."""
     loss_tokens: int = 4096
     """Tokens of the calibration text that the loss is measured on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.loss_increase < 2:
+            raise UserError(
+                f"loss_increase is a factor of at least 1 and below 2, found {self.loss_increase}"
+            )
+        if self.loss_tokens < 1:
+            raise UserError(f"loss_tokens must be at least 1, found {self.loss_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import yaml
 
 from relufy.errors import UserError
 from relufy.method import METHODS, Calibration, method_name
-from relufy.schema import from_mapping, suggest, to_mapping
+from relufy.schema import from_mapping, suggest, to_mapping, yaml_value
 
 RECIPE_VERSION = 1
 
@@ -106,7 +106,7 @@ class Recipe:
                 part = part.get(key) if isinstance(part, dict) else None
             if not isinstance(part, dict):
                 raise UserError(f"the recipe {self.name} has no {'.'.join(path)!r} to set {last!r} in")
-            part[last] = yaml.safe_load(value)
+            part[last] = yaml_value(value, assignment)
         return recipe_from_mapping(data, self.name)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -157,8 +157,4 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _parse(text: str, where: str) -> Recipe:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    return recipe_from_mapping(data, where)
+    return recipe_from_mapping(yaml_value(text, where), where)

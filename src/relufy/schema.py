@@ -9,6 +9,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from relufy.errors import UserError
 
 T = TypeVar("T")
@@ -52,6 +54,14 @@ def to_mapping(instance: Any) -> dict[str, Any]:
 
     pairs = ((f.name, plain(getattr(instance, f.name))) for f in dataclasses.fields(instance) if f.init)
     return {name: value for name, value in pairs if value is not None}
+
+
+def yaml_value(text: str, where: str) -> Any:
+    """Return the value of a piece of YAML; `where` names it in errors. Raises UserError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def read_text(paths: Sequence[Path | str]) -> str:
         try:
             raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             parts.append(raw.decode("utf-8"))
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
                 f"{path} is not UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
             ) from None

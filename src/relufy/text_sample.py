@@ -7,6 +7,7 @@ whole text. What `relufy measure` reads is cut by `text.read_windows`, which enc
 import codecs
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def _lines(path: Path) -> Iterator[str]:
             while part := stream.readline(PIECE):
                 yield decoder.decode(part)
             decoder.decode(b"", final=True)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}") from None
 
 

@@ -9,7 +9,8 @@ from relufy.activation_sparsity import Sparsifier
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
 from relufy.measure.bytes_read import bytes_engine
-from relufy.method import Auto, Calibration
+from relufy.measure.sparsity import measure_sparsity
+from relufy.method import Auto, Calibration, Teal
 from relufy.methods.budget.allocate import as_found
 from relufy.methods.budget.bound import parse_budget, rise, student_t
 from relufy.methods.budget.clock import Clock, TimeUp
@@ -20,7 +21,7 @@ from relufy.methods.budget.texts import Texts, split
 from relufy.methods.budget.trial import trials
 from relufy.methods.setting import Found
 from relufy.methods.sketch import Sketch
-from relufy.methods.sparsify import make_setting
+from relufy.methods.sparsify import find, install, make_setting
 from relufy.model.configuration import sparsity_of
 from relufy.recipe import Recipe
 
@@ -145,6 +146,21 @@ def test_bytes_are_those_of_measure() -> None:
         {"sites": ["neuron"], "function": "threshold", "threshold": 1.0}]}}  # fmt: skip
     expected = bytes_engine(decoder_spec(config), {"neuron": [0.5, 0.75]}, 12)
     assert cost.bytes == pytest.approx(expected.sparse)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "falcon"])
+def test_a_candidate_costs_what_the_installed_model_does(name: str) -> None:
+    """Fused projections too: one mask there serves several sites."""
+    model, method = sharp(name), Teal(sparsity=0.5, allocation="uniform")
+    texts = own_texts(model, 100)
+    recipe = Recipe("x", sparsify=method, calibrate=Calibration(tokens=10**6))
+    setting = make_setting(model, recipe, texts.calibration)
+    found, costs = find(method, setting), CostModel(model, TABLE, context=12)
+    with trials(setting, costs, texts.selection, Clock(10)) as running:
+        predicted = running.outcome(found).cost.bytes
+    zeros = measure_sparsity(install(setting, recipe, found), texts.selection).sparsity
+    spec = decoder_spec(model.config.to_dict())
+    assert predicted == pytest.approx(bytes_engine(spec, zeros, 12).sparse, rel=0.01)
 
 
 def test_scores_foresee_the_kl_of_a_mask() -> None:

@@ -128,6 +128,14 @@ def test_what_is_no_number_is_refused_with_its_place() -> None:
         rows_at(setting, windows_of(2), 1, "down")
 
 
+def test_a_head_that_is_no_number_is_refused_too() -> None:
+    model = families.family("llama")
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = torch.nan
+    with pytest.raises(UserError, match="logits hold NaN"):
+        sparsify(model, Teal(), windows_of(60))
+
+
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(UserError, match="has 30 positions, teal needs 512"):
         sparsify(families.family("llama"), Teal(), windows_of(2))

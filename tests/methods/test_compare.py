@@ -241,5 +241,5 @@ def test_a_model_that_computes_no_numbers_is_refused(make_checkpoint, texts: Fil
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="logits hold NaN"):
         run(folder, texts)

@@ -118,7 +118,7 @@ def numbers(text: str) -> list[float]:
 
 def changed_values(assignments: list[str]) -> dict[str, dict[str, Any]]:
     """Return values by method and key of `METHOD.KEY=VALUE` entries; a value is YAML. Raises UserError."""
-    import yaml
+    from relufy.schema import yaml_value
 
     found: dict[str, dict[str, Any]] = {}
     for assignment in assignments:
@@ -126,7 +126,7 @@ def changed_values(assignments: list[str]) -> dict[str, dict[str, Any]]:
         method, dot, key = place.strip().partition(".")
         if not (equals and dot and key):
             raise UserError(f"--set takes METHOD.KEY=VALUE, as teal.allocation=uniform, found {assignment!r}")
-        found.setdefault(method, {})[key] = yaml.safe_load(value)
+        found.setdefault(method, {})[key] = yaml_value(value, assignment)
     return found
 
 

@@ -21,6 +21,7 @@ BUDGET = "With --budget"
 
 
 def command(
+    context: typer.Context,
     model: Model,
     output: OutputFolder,
     recipe: Annotated[
@@ -79,6 +80,7 @@ def command(
     if (recipe is None) == (budget is None):
         raise UserError("give --recipe NAME or --budget 1%, one of them")
     if budget is None:
+        refuse_search_options(context)
         run(model, output, chosen_recipe(str(recipe), sparsity, assign), calibration or [], json)
         return
     if sparsity is not None or assign:
@@ -103,6 +105,22 @@ def command(
     search.run(model, output, options)
 
 
+SEARCH_OPTIONS = (
+    "minutes", "selection", "test", "windows", "window", "dtype", "threads", "seed", "no_measure", "plot"
+)  # fmt: skip
+OF_RECIPE = {"window": "--set calibrate.window=", "seed": "--set calibrate.seed="}
+"""What says the same of a recipe."""
+
+
+def refuse_search_options(context: typer.Context) -> None:
+    """Raise UserError if an option was given that only --budget takes."""
+    for name in SEARCH_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            instead = f"; of a recipe, {OF_RECIPE[name]}" if name in OF_RECIPE else ""
+            raise UserError(f"--{name.replace('_', '-')} belongs to --budget{instead}")
+
+
 def chosen_recipe(name: str, sparsity: float | None, assign: list[str] | None) -> "Recipe":
     """Return the recipe with the values given. Raises UserError."""
     from relufy.recipe import load_recipe
@@ -115,11 +133,15 @@ def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool
     """Sparsify as the recipe says; refuse early what would fail late."""
     from relufy.files import refuse_occupied
     from relufy.hub import model_folder
-    from relufy.method import Selecting
+    from relufy.method import Auto, Selecting
 
     if recipe.sparsify is None:
         raise UserError(f"the recipe {recipe.name} makes no zeros; `relufy finetune` runs it")
+    if isinstance(recipe.sparsify, Auto):
+        raise UserError(f"{recipe.name} is the automatic search: give --budget and its options, no recipe")
     is_calibrated = isinstance(recipe.sparsify, Selecting)
+    if texts and not is_calibrated:
+        raise UserError(f"{recipe.name} looks at no text: leave --calibration out")
     if is_calibrated and not texts:
         raise UserError(
             f"{recipe.name} needs text to calibrate on: --calibration FILE, or --calibration self"

@@ -11,7 +11,7 @@ from relufy.engine.pack import check_choice
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
-from relufy.hub import model_folder, read_config
+from relufy.hub import context_length, model_folder, read_config
 from relufy.measure.bytes_read import Packing, bytes_engine, correction_ranks
 from relufy.measure.cost import DenseSparse, LayerShapes, Sparsity, macs_paper
 from relufy.measure.quality import Perplexity, perplexity
@@ -80,7 +80,7 @@ def measure(
     tokenizer = load_tokenizer(folder)
     files = [text] if isinstance(text, str | Path) else list(text)
     config = read_config(folder)
-    longest = config.get("max_position_embeddings")
+    longest = context_length(config)
     if longest and window > longest:
         raise UserError(f"windows of {window} tokens are longer than the {longest} that {model} can read")
     windows = read_windows(files, tokenizer, window)[:max_windows]

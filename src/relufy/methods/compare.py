@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from relufy.activation_sparsity import Sparsifier
 from relufy.engine.pack import check_choice
 from relufy.errors import UserError
-from relufy.hub import model_folder, read_config
+from relufy.hub import context_length, model_folder, read_config
 from relufy.measure.cett import CETT_TARGET, cett_sparsity
 from relufy.measure.definitions import measure_zeros
 from relufy.measure.domain import compare_domains
@@ -265,7 +265,7 @@ def _refuse_same_files(text: Files, calibration: Files) -> None:
 
 
 def _refuse_long_windows(folder: Path, options: CompareOptions) -> None:
-    longest = read_config(folder).get("max_position_embeddings")
+    longest = context_length(read_config(folder))
     for window in (options.window, options.calibrate.window):
         if longest and window > longest:
             raise UserError(f"windows of {window} tokens are longer than the {longest} that the model reads")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
+from relufy.measure.quality import evaluating
 from relufy.method import METHODS, Auto, Relufication, Selecting, method_name
 from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.model.configuration import refuse_quantized, sparsity_of
@@ -58,6 +59,7 @@ def make_setting(
         check_windows(windows, model.config.vocab_size)
         count = max(1, recipe.calibrate.tokens // windows.shape[1])
         windows = draw_windows(windows, count, recipe.calibrate.seed)
+        _refuse_nan(model, windows[:1])
     return Setting(model, find_sites(model), windows, recipe.calibrate, progress)
 
 
@@ -71,6 +73,8 @@ def find(method: Any, setting: Setting) -> Found:
     found = function(method, setting)
     if not isinstance(method, Selecting):
         return found
+    if not found.sparsifiers:
+        raise UserError(f"{name} found nothing to leave out: {'; '.join(found.notes)}")
     return replace(found, sparsifiers=tuple(_with_phase(method, s) for s in found.sparsifiers))
 
 
@@ -98,6 +102,17 @@ def as_recipe(recipe: "Recipe | Relufication | Selecting | str | Path") -> Recip
     if type(recipe) in METHODS.values():
         return Recipe(name=method_name(recipe), sparsify=recipe)
     raise UserError(f"expected a recipe, its name or its file, found {type(recipe).__name__}")
+
+
+def _refuse_nan(model: PreTrainedModel, window: np.ndarray) -> None:
+    """Raise UserError if the model's logits for a window, int64 `[1, length]`, are no finite numbers."""
+    with evaluating(model):
+        logits = model(input_ids=torch.from_numpy(window).to(model.device), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's logits hold NaN or infinity, so there is nothing to calibrate on; check the "
+            "checkpoint, or load it in float32"
+        )
 
 
 def _refuse_masks(model: PreTrainedModel) -> None:

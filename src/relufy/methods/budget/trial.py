@@ -17,6 +17,7 @@ from relufy.methods.setting import Found, Setting
 from relufy.model.configuration import sparsity_of
 from relufy.model.places import Place, find_places
 from relufy.model.selections import Selection, TokenPositions
+from relufy.model.structure import BlockSites
 from relufy.model.trial import Mask, Trial, trial_masks
 
 KL_TOKENS = 2048
@@ -114,17 +115,21 @@ def put_masks(setting: Setting, trial: Trial, found: Found, watch: Watch) -> Non
         if sparsity_of(setting.model).at(site, layer.index)
     }
     for place in find_places(setting.blocks, ActivationSparsity(found.sparsifiers)):
-        sites = _sites(place)
-        for site in sites:
+        for sites in _groups(place.block, _sites(place)):
             selection = Selection(_as_selection(place.sparsifier), _tensors(place, found), TokenPositions())
-            mask = _watched(selection, watch, place.block.index, sites if place.kind != "norm" else (site,))
+            mask = _watched(selection, watch, place.block.index, sites)
             correction = selection.correction if selection.low_rank_in is not None else None
-            trial.put(place.block.index, site, mask, correction)
-            if place.kind != "norm":
-                break
-        own -= {(place.block.index, site) for site in sites}
-    for layer, site in own:
-        trial.put(layer, site, _watching(watch, layer, site))
+            trial.put(place.block.index, sites[0], mask, correction)
+            own -= {(place.block.index, site) for site in sites}
+    for block in setting.blocks:
+        for sites in _groups(block, [site for layer, site in own if layer == block.index]):
+            trial.put(block.index, sites[0], _watching(watch, block.index, sites))
+
+
+def _groups(block: BlockSites, sites: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return sites by what serves them: one mask on trial is behind all sites of a fused projection."""
+    groups = [tuple(site for site in group if site in sites) for group in (*block.groups(), ("neuron",))]
+    return [group for group in groups if group]
 
 
 def _sites(place: Place) -> tuple[str, ...]:
@@ -163,9 +168,10 @@ def _watched(selection: Selection, watch: Watch, layer: int, sites: Sequence[str
     return mask
 
 
-def _watching(watch: Watch, layer: int, site: str) -> Mask:
+def _watching(watch: Watch, layer: int, sites: Sequence[str]) -> Mask:
     def mask(x: torch.Tensor) -> torch.Tensor:
-        watch(layer, site, x != 0)
+        for site in sites:
+            watch(layer, site, x != 0)
         return x
 
     return mask
