@@ -5,6 +5,7 @@ Unknown keys, wrong types and missing values are user errors that name the place
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,6 +15,9 @@ import yaml
 from relufy.errors import UserError
 
 T = TypeVar("T")
+
+_EXPONENT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
+"""Numbers like 1e-5, which are text to the yaml package (YAML 1.1 wants 1.0e-5)."""
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -91,6 +95,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where}: expected {hint.__name__}, found {_named(value)}")

@@ -245,3 +245,16 @@ def test_packing_tells_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run([*arguments, "--lora-scale", "3"]) == 0
     assert "merged the adapter adapter, scaled by 3" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out.relufy", "text.txt"]
+
+
+def test_a_method_that_finds_nothing_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night, and the rain fell in torrents. " * 60)
+    sizes = ["--set", "calibrate.window=64", "--set", "calibrate.tokens=1024"]
+    method = ["--recipe", "rsparse", "--sparsity", "1e-9", "--set", "sparsify.search=false", *sizes]
+    output = tmp_path / "out"
+    assert run(["sparsify", "bundled", "-o", str(output), *method, "--calibration", str(text)]) == 2
+    assert "rsparse found nothing to leave out: calibrated on" in capsys.readouterr().err
+    assert not output.exists()

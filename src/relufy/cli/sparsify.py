@@ -161,6 +161,8 @@ def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool
             windows = calibration_windows(texts, loaded, tokenizer, recipe.calibrate, display)
         setting = make_setting(loaded, recipe, windows, display.update)
         found = find(recipe.sparsify, setting)
+    if not found.sparsifiers:
+        raise UserError(f"{recipe.name} found nothing to leave out: {'; '.join(found.notes)}")
     sparse = install(setting, recipe, found)
     provenance = {"calibration": [Path(text).name for text in texts]} if is_calibrated else {}
     save_checkpoint(sparse, tokenizer, output, provenance)

@@ -73,8 +73,6 @@ def find(method: Any, setting: Setting) -> Found:
     found = function(method, setting)
     if not isinstance(method, Selecting):
         return found
-    if not found.sparsifiers:
-        raise UserError(f"{name} found nothing to leave out: {'; '.join(found.notes)}")
     return replace(found, sparsifiers=tuple(_with_phase(method, s) for s in found.sparsifiers))
 
 
