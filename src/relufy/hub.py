@@ -105,6 +105,10 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"no folder {hub_id} here, and the hub did not give it: {reason}") from None
 
 
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
+"""What configurations call the number of positions that a model has."""
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return the positions that a config.json says the model has, by whichever name, or None."""
-    return next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
+    return next((config[key] for key in CONTEXT_KEYS if config.get(key)), None)

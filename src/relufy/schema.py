@@ -5,6 +5,7 @@ Unknown keys, wrong types and missing values are user errors that name the place
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -58,6 +59,15 @@ def to_mapping(instance: Any) -> dict[str, Any]:
 
     pairs = ((f.name, plain(getattr(instance, f.name))) for f in dataclasses.fields(instance) if f.init)
     return {name: value for name, value in pairs if value is not None}
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with None for every number that is none (NaN, infinities), as JSON needs it."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def yaml_value(text: str, where: str) -> Any:

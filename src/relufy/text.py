@@ -56,6 +56,14 @@ def draw_windows(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
     return windows[np.sort(drawn)]
 
 
+def refuse_long_windows(length: int, longest: int | None, advice: str = "") -> None:
+    """Raise UserError if windows are longer than the positions that a model has."""
+    if longest and length > longest:
+        raise UserError(
+            f"windows of {length} tokens are longer than the {longest} that the model can read{advice}"
+        )
+
+
 def check_windows(windows: np.ndarray, vocab_size: int) -> None:
     """Raise UserError unless `windows` is whole numbers `[windows, length]` within this vocabulary."""
     if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer):

@@ -17,7 +17,6 @@ from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
 from relufy.measure.quality import perplexity
 from relufy.method import RSparse, Teal
-from relufy.methods.inputs import weight_of
 from relufy.methods.rsparse import budget, low_rank
 from relufy.methods.setting import Found
 from relufy.methods.sparsify import sparsify
@@ -41,7 +40,7 @@ def test_full_rank_is_dense_for_any_threshold(name: str, threshold: float) -> No
     sparsity, tensors = ActivationSparsity(tuple(masks)), {}
     for block in blocks:
         for projection in block.projections().values():
-            inner, outer = low_rank(weight_of(projection), min(projection.shape))
+            inner, outer = low_rank(projection.matrix().double(), min(projection.shape))
             tensors[f"{projection.name}.sparsifier.low_rank_in"] = inner
             tensors[f"{projection.name}.sparsifier.low_rank_out"] = outer
     assert set(tensors) == set(sparsity_tensors(blocks, sparsity))

@@ -10,7 +10,7 @@ import families
 from relufy.errors import UserError
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Calibration, Teal
-from relufy.methods.allocation import Greedy, uniform
+from relufy.methods.allocation import Greedy, Uniform
 from relufy.methods.blockwise import recorded_block
 from relufy.methods.calibrate import collect
 from relufy.methods.inputs import InputSketches, maskable_groups, parameters, same_tensor
@@ -97,7 +97,7 @@ def test_greedy_moves_the_block_less_than_equal_shares(name: str) -> None:
     total = sum(parameters(block, group) for group in block.groups())
     assert sum(parameters(block, g) * s for g, s in found[0].items()) / total == pytest.approx(0.5)
     assert max(found[0].values()) <= 0.9
-    assert block_error(setting, found) < block_error(setting, uniform(setting, 0.5))
+    assert block_error(setting, found) < block_error(setting, Uniform(setting).shares(0.5))
 
 
 def test_a_target_after_others_is_what_it_is_alone() -> None:

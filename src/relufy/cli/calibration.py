@@ -39,15 +39,12 @@ def calibration_windows(
     Raises UserError for windows longer than the model can read, and for unfit files.
     """
     from relufy.errors import UserError
+    from relufy.text import refuse_long_windows
     from relufy.text_sample import sample_windows
     from relufy.train.selftext import write_windows
 
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and wanted.window > longest:
-        raise UserError(
-            f"windows of {wanted.window} tokens are longer than the {longest} that the model can read; "
-            f"give --set calibrate.window={longest}"
-        )
+    refuse_long_windows(wanted.window, longest, f"; give --set calibrate.window={longest}")
     count = max(1, wanted.tokens // wanted.window)
     if SELF not in texts:
         return sample_windows(texts, tokenizer, wanted.window, count, wanted.seed)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from relufy.cli.calibration import SELF
 from relufy.cli.options import Assignments, Json, Model, OutputFolder, RecipeName
 from relufy.cli.output import note, print_json, result
 from relufy.cli.progress import ProgressDisplay
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from relufy.recipe import Finetune
-
-SELF = "self"
-"""The value of --data that asks the dense model to write the text."""
 
 
 def command(

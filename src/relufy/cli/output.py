@@ -1,13 +1,14 @@
 """What commands print: results on stdout (text, a table, or one JSON document), everything else on stderr."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from relufy.schema import finite
 
 if TYPE_CHECKING:
     from relufy.engine import Engine
@@ -39,15 +40,7 @@ def result(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """Write the one JSON document of a `--json` command; what is no number (NaN) becomes null."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def print_table(

@@ -13,7 +13,7 @@ from relufy.engine.spec import decoder_spec
 from relufy.engine.support import engine_support, num_parameters
 from relufy.errors import UserError
 from relufy.fingerprint import DERIVED_FROM, recorded
-from relufy.hub import config_folder, read_config, refuse_gguf, weight_files
+from relufy.hub import CONTEXT_KEYS, config_folder, read_config, refuse_gguf, weight_files
 
 SIZES = {
     "layers": ("num_hidden_layers", "n_layer"),
@@ -22,7 +22,7 @@ SIZES = {
     "heads": ("num_attention_heads", "n_head"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "vocab_size": ("vocab_size",),
-    "context": ("max_position_embeddings", "n_positions"),
+    "context": CONTEXT_KEYS,
 }
 """What a model's dimensions are called here, and in the configurations of its families."""
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from relufy.errors import UserError
 from relufy.measure.modes import Scored, window_losses
@@ -97,17 +96,11 @@ def cett_sparsity(
     return CettSparsity(target, sparsity, epsilon, error, layers[0].tokens)
 
 
-def matrix_of(projection: Projection) -> torch.Tensor:
-    """Return a projection's weight as `[out, in]`, float32."""
-    weight: Any = projection.module.weight
-    return (weight.T if isinstance(projection.module, Conv1D) else weight).detach().float()
-
-
 class _Layer:
     """One layer's search: epsilon lies between `low`, whose error is within the target, and `high`."""
 
     def __init__(self, down: Projection, target: float) -> None:
-        self._weight, self._target = matrix_of(down), target
+        self._weight, self._target = down.matrix().float(), target
         self._norms = self._weight.norm(dim=0)
         self.low = self.high = 0.0
         self._tried: list[float] = []

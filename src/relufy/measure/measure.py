@@ -16,7 +16,7 @@ from relufy.measure.bytes_read import Packing, bytes_engine, correction_ranks
 from relufy.measure.cost import DenseSparse, LayerShapes, Sparsity, macs_paper
 from relufy.measure.quality import Perplexity, perplexity
 from relufy.measure.sparsity import measure_sparsity
-from relufy.text import read_windows
+from relufy.text import read_windows, refuse_long_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,9 +80,7 @@ def measure(
     tokenizer = load_tokenizer(folder)
     files = [text] if isinstance(text, str | Path) else list(text)
     config = read_config(folder)
-    longest = context_length(config)
-    if longest and window > longest:
-        raise UserError(f"windows of {window} tokens are longer than the {longest} that {model} can read")
+    refuse_long_windows(window, context_length(config))
     windows = read_windows(files, tokenizer, window)[:max_windows]
     loaded = load_model(folder)
     sites = measure_sparsity(loaded, windows, batch_size)

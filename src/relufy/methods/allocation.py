@@ -6,11 +6,12 @@ projection is tried again only when what it moved last time is the least of all 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from relufy.errors import UserError
+from relufy.method import Teal, Wina
 from relufy.methods.blockwise import RecordedBlock, recorded_block
 from relufy.methods.inputs import Group, maskable_groups, parameters
 from relufy.methods.setting import Setting
@@ -24,9 +25,15 @@ ALLOCATION_TOKENS = 1024
 """Positions that a block's error is measured on."""
 
 
-def uniform(setting: Setting, target: float) -> list[dict[Group, float]]:
-    """Return the same sparsity for each group of sites of each block."""
-    return [dict.fromkeys(maskable_groups(setting, block), target) for block in setting.blocks]
+class Uniform:
+    """The same share for each group of sites of each block."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._groups = [maskable_groups(setting, block) for block in setting.blocks]
+
+    def shares(self, target: float) -> list[dict[Group, float]]:
+        """Return the sparsity of each group of sites, block by block."""
+        return [dict.fromkeys(groups, target) for groups in self._groups]
 
 
 class Greedy:
@@ -125,7 +132,10 @@ class _Path:
         return sum(self._weights[group] * share for group, share in shares.items())
 
 
-def mean_share(block: BlockSites, shares: Mapping[Sequence[str], float]) -> float:
-    """Return the share of a block's linear weights that the shares of its groups leave out."""
-    total = sum(parameters(block, group) for group in block.groups())
-    return sum(parameters(block, group) * share for group, share in shares.items()) / total
+def allocation_of(
+    method: Teal | Wina, setting: Setting, windows: np.ndarray, mask_at: MaskAt
+) -> Uniform | Greedy:
+    """Return the allocation that a method asks for."""
+    if method.allocation == "uniform":
+        return Uniform(setting)
+    return Greedy(setting, windows, mask_at, method.step, method.most)

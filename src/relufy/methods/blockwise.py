@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relufy.measure.quality import evaluating
-from relufy.methods.calibrate import hidden_states_of, is_massive, run_stack
+from relufy.methods.calibrate import counted_positions, hidden_states_of, run_stack
 from relufy.methods.setting import Setting
 
 
@@ -71,10 +71,7 @@ class _Recorded(Exception):
 def _recorder(setting: Setting, calls: list[Call]) -> Callable[..., None]:
     def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = hidden_states_of(args, kwargs)
-        counts = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        counts[:, 0] = False
-        if not setting.calibration.keep_massive:
-            counts &= ~is_massive(hidden)
+        counts, _massive = counted_positions(hidden, setting.calibration.keep_massive)
         calls.append(Call(args, kwargs, counts))
         raise _Recorded
 

@@ -95,6 +95,17 @@ def is_massive(hidden: torch.Tensor) -> torch.Tensor:
     return (greatest > MASSIVE) & (greatest > MASSIVE_RATIO * magnitude.median(-1).values)
 
 
+def counted_positions(hidden: torch.Tensor, keep_massive: bool) -> tuple[torch.Tensor, int]:
+    """Return which positions of a block's hidden states `[batch, time, width]` count, bool `[batch, time]`,
+    and how many do not because they are massive."""
+    counts = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    counts[:, 0] = False
+    if keep_massive:
+        return counts, 0
+    massive = is_massive(hidden) & counts
+    return counts & ~massive, int(massive.sum())
+
+
 class _Run:
     """Which positions of the running block count."""
 
@@ -105,13 +116,9 @@ class _Run:
         self.counts = torch.zeros(0, dtype=torch.bool)
 
     def enter(self, layer: int, hidden: torch.Tensor) -> None:
-        self.counts = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        self.counts[:, 0] = False
-        if not self.keep_massive:
-            massive = is_massive(hidden) & self.counts
-            if found := int(massive.sum()):
-                self.massive[layer] += found
-                self.counts &= ~massive
+        self.counts, massive = counted_positions(hidden, self.keep_massive)
+        if massive:
+            self.massive[layer] += massive
 
     def show(self, probe: Probe, values: torch.Tensor) -> None:
         rows = values.reshape(-1, values.shape[-1])[self.counts.flatten()]

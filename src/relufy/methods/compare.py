@@ -41,7 +41,7 @@ from relufy.model.sites import find_sites
 from relufy.model.trial import trial_masks
 from relufy.recipe import Recipe
 from relufy.schema import from_mapping, suggest, to_mapping
-from relufy.text import read_windows
+from relufy.text import read_windows, refuse_long_windows
 from relufy.text_sample import sample_windows
 
 CETT_TOKENS = 1024
@@ -265,10 +265,8 @@ def _refuse_same_files(text: Files, calibration: Files) -> None:
 
 
 def _refuse_long_windows(folder: Path, options: CompareOptions) -> None:
-    longest = context_length(read_config(folder))
     for window in (options.window, options.calibrate.window):
-        if longest and window > longest:
-            raise UserError(f"windows of {window} tokens are longer than the {longest} that the model reads")
+        refuse_long_windows(window, context_length(read_config(folder)))
 
 
 def _sample_size(calibrate: Calibration) -> tuple[int, int, int]:

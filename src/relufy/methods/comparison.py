@@ -1,6 +1,5 @@
 """What a comparison of methods found, as data: rows of one protocol, JSON and Markdown."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from relufy.measure.domain import Domains
 from relufy.measure.overlap import Overlap
 from relufy.measure.quality import Difference, Perplexity
 from relufy.measure.speed import Speed
+from relufy.schema import finite
 
 COMPARISON_VERSION = 1
 SAME_TEXT_SHARE = 0.01
@@ -146,18 +146,10 @@ class Comparison:
             "definitions": MEANINGS,
             "versions": dict(self.versions),
         }
-        return _finite(document)
+        return finite(document)
 
     def to_markdown(self) -> str:
         """Return the tables, definitions and how it was made, as one Markdown document."""
         from relufy.methods.comparison_tables import markdown
 
         return markdown(self)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

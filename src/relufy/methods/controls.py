@@ -12,7 +12,6 @@ from hashlib import sha256
 import torch
 
 from relufy.activation_sparsity import Sparsifier
-from relufy.measure.cett import matrix_of
 from relufy.measure.modes import Scored
 from relufy.methods.inputs import same_tensor
 from relufy.model.selections import greatest
@@ -75,7 +74,7 @@ def _random(block: BlockSites, site: str, share: float, seed: int) -> Mask:
 
 
 def _oracle(block: BlockSites, site: str, share: float, _seed: int) -> Mask:
-    norms = matrix_of(block.projections()[site]).norm(dim=0)
+    norms = block.projections()[site].matrix().float().norm(dim=0)
     return lambda x: _keep_greatest(x, x.float().abs() * norms, share)
 
 

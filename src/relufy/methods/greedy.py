@@ -30,12 +30,12 @@ def greedy(method: GreedySequential, setting: Setting) -> Found:
     places = [(block.index, g) for block in setting.blocks for g in maskable_groups(setting, block)]
     with trial_masks(setting.blocks) as trial:
 
-        def loss_at(layer: int, group: Group, share: float) -> float:
+        def put(layer: int, group: Group, share: float) -> None:
             threshold = inputs.threshold(layer, group, share)
             trial.put(layer, group[0], keep_at_least(threshold) if share else None)
-            return _loss(setting, windows[: max(1, method.loss_tokens // windows.shape[1])])
 
-        search = _Search(method, loss_at, loss_at(*places[0], 0.0))
+        text = windows[: max(1, method.loss_tokens // windows.shape[1])]
+        search = _Search(method, put, lambda: _loss(setting, text))
         for done, (layer, group) in enumerate(places, start=1):
             search.settle(layer, group)
             setting.progress("searching", done, len(places))
@@ -52,13 +52,13 @@ class _Search:
     """The shares that were accepted, and the loss with them."""
 
     method: GreedySequential
-    loss_at: Callable[[int, Group, float], float]
-    loss: float
+    put: Callable[[int, Group, float], None]
+    measure: Callable[[], float]
     shares: dict[tuple[int, Group], float] = field(default_factory=dict)
     accepted: int = 0
 
     def __post_init__(self) -> None:
-        self.first_loss = self.loss
+        self.loss = self.first_loss = self.measure()
 
     def settle(self, layer: int, group: Group) -> None:
         """Find the share of one projection's input: up from where its kind begins, or else down."""
@@ -74,10 +74,11 @@ class _Search:
                 share = tried
                 break
         self.shares[layer, group] = share * self.method.step
-        self.loss_at(layer, group, self.shares[layer, group])
+        self.put(layer, group, self.shares[layer, group])
 
     def _try(self, layer: int, group: Group, steps: int) -> bool:
-        loss = self.loss_at(layer, group, steps * self.method.step)
+        self.put(layer, group, steps * self.method.step)
+        loss = self.measure()
         if not loss < self.loss * self.method.loss_increase:
             return False
         self.loss = loss

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from relufy.activation_sparsity import Sparsifier
 from relufy.methods.calibrate import Probe
@@ -76,16 +75,9 @@ def masks_by_threshold(block: BlockSites, thresholds: dict[Group, float]) -> Ite
             yield Sparsifier(sites, "threshold", threshold=threshold, layers=(block.index,))
 
 
-def weight_of(projection: Projection) -> torch.Tensor:
-    """Return the weight `[out, in]` in f64, also where the model stores it transposed (Conv1D)."""
-    weight: torch.Tensor = projection.module.weight  # type: ignore[assignment]
-    is_transposed = isinstance(projection.module, Conv1D)
-    return (weight.detach().T if is_transposed else weight.detach()).double()
-
-
 def column_norms(projection: Projection) -> torch.Tensor:
     """Return `norm(W[:, i])` of each input i, f32 `[in]`: of a fused projection, of its whole column."""
-    return weight_of(projection).norm(dim=0).float()
+    return projection.matrix().double().norm(dim=0).float()
 
 
 def num_kept(width: int, sparsity: float) -> int:

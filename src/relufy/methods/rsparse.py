@@ -22,7 +22,7 @@ from relufy.measure.quality import perplexity
 from relufy.method import RSparse
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.evolution import evolve
-from relufy.methods.inputs import column_norms, maskable_groups, masks_by_threshold, same_tensor, weight_of
+from relufy.methods.inputs import column_norms, maskable_groups, masks_by_threshold, same_tensor
 from relufy.methods.setting import Found, Setting
 from relufy.methods.sketch import Sketch
 from relufy.model.selections import Selection, TokenPositions
@@ -151,7 +151,7 @@ class _Calibrated:
     def _factors(self, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors of the greatest rank that the budget allows."""
         projection: Projection = self._projections[place]
-        return low_rank(weight_of(projection), self.budget(place, 0.0).rank)
+        return low_rank(projection.matrix().double(), self.budget(place, 0.0).rank)
 
 
 def _search(

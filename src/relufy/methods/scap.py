@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from relufy.activation_sparsity import Sparsifier
 from relufy.errors import UserError
@@ -29,7 +28,7 @@ from relufy.methods.inputs import maskable_groups
 from relufy.methods.setting import Found, Setting
 from relufy.methods.sketch import Sketch
 from relufy.model.configuration import find_activation_key, sparsity_of
-from relufy.model.structure import BlockSites, Projection
+from relufy.model.structure import BlockSites
 
 ERROR_TOKENS = 2048
 """Positions that the candidates' output errors are measured on."""
@@ -158,7 +157,7 @@ class _OutputError:
     def __init__(self, setting: Setting, place: Input, centre: float, threshold: float) -> None:
         layer, sites = place
         projections = {p.name: p for site, p in setting.blocks[layer].projections().items() if site in sites}
-        self._weights = [_weight(projection) for projection in projections.values()]
+        self._weights = [projection.matrix() for projection in projections.values()]
         self._centre = centre
         self._threshold = threshold
         self.total = 0.0
@@ -168,12 +167,6 @@ class _OutputError:
         left_out = torch.where(distance.abs() < self._threshold, distance, 0)
         for weight in self._weights:
             self.total += float(F.linear(left_out, weight.float()).square().sum())
-
-
-def _weight(projection: Projection) -> torch.Tensor:
-    """Return the weight `[out, in]`."""
-    weight: torch.Tensor = projection.module.weight.detach()  # type: ignore[operator,assignment]
-    return weight.T if isinstance(projection.module, Conv1D) else weight
 
 
 def _masks(setting: Setting, place: Input, threshold: float, has_centre: bool) -> Iterator[Sparsifier]:

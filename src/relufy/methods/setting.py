@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from relufy.activation_sparsity import Sparsifier
 from relufy.errors import UserError
 from relufy.method import Calibration
+from relufy.model.places import Place
 from relufy.model.structure import BlockSites
 
 T = TypeVar("T")
@@ -74,3 +75,11 @@ class Found:
     tensors: Mapping[tuple[int, str, str], torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What the user should know, in a line each."""
+
+    def tensors_at(self, place: Place) -> dict[str, torch.Tensor]:
+        """Return the tensors that a sparsifier needs where it is, by name."""
+        return {
+            name: tensor
+            for (layer, site, name), tensor in self.tensors.items()
+            if layer == place.block.index and site in place.sites() and name in place.tensors()
+        }

@@ -1,6 +1,6 @@
 """The one verb: make a model activation-sparse as a recipe says."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from relufy.method import METHODS, Auto, Relufication, Selecting, method_name
 from relufy.methods.setting import Found, Progress, Setting, no_progress
 from relufy.model.configuration import refuse_quantized, sparsity_of
 from relufy.model.fingerprints import with_fingerprints
-from relufy.model.places import Place, find_places
+from relufy.model.places import find_places
 from relufy.model.provenance import base_provenance
 from relufy.model.sites import find_sites
 from relufy.model.sparsifiers import apply_sparsity
@@ -87,7 +87,7 @@ def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
         provenance = provenance | {"calibration_tokens": int(setting.windows.size)}
     places = find_places(setting.blocks, sparsity)
     provenance = with_fingerprints(provenance, places)
-    tensors = _named(places, found.tensors)
+    tensors = {place.checkpoint_name(n): t for place in places for n, t in found.tensors_at(place).items()}
     return apply_sparsity(setting.model, replace(sparsity, provenance=provenance), tensors)
 
 
@@ -132,19 +132,3 @@ def kept_activations(present: Sequence[Sparsifier], found: Sequence[Sparsifier])
     """Return the activations that the model has where nothing new was found."""
     taken = {site for sparsifier in found for site in sparsifier.sites}
     return [s for s in present if not taken & set(s.sites)]
-
-
-def _named(places: Sequence[Place], tensors: Mapping[tuple[int, str, str], torch.Tensor]) -> dict[str, Any]:
-    """Return tensors by their names in a checkpoint."""
-    named = {}
-    for place in places:
-        for (layer, site, name), tensor in tensors.items():
-            if layer == place.block.index and site in _sites_of(place) and name in place.tensors():
-                named[place.checkpoint_name(name)] = tensor
-    return named
-
-
-def _sites_of(place: Place) -> tuple[str, ...]:
-    if place.kind != "projection":
-        return place.sparsifier.sites
-    return tuple(site for site, p in place.block.projections().items() if p.name == place.name)

@@ -8,7 +8,7 @@ allocation within each block, or are all the same.
 from dataclasses import replace
 
 from relufy.method import Teal
-from relufy.methods.allocation import Greedy, uniform
+from relufy.methods.allocation import allocation_of
 from relufy.methods.calibrate import collect
 from relufy.methods.inputs import Group, InputSketches, masks_by_threshold
 from relufy.methods.setting import Found, Setting
@@ -18,10 +18,7 @@ from relufy.model.trial import Mask, keep_at_least
 def teal(method: Teal, setting: Setting) -> Found:
     """Return the thresholds of every projection's input."""
     calibrated = setting.remembered(replace(method, sparsity=0.5), lambda: _Calibrated(method, setting))
-    if method.allocation == "uniform":
-        shares = uniform(setting, method.sparsity)
-    else:
-        shares = calibrated.allocation.shares(method.sparsity)
+    shares = calibrated.allocation.shares(method.sparsity)
     sparsifiers = []
     for block, of_block in zip(setting.blocks, shares, strict=True):
         thresholds = {g: calibrated.inputs.threshold(block.index, g, s) for g, s in of_block.items()}
@@ -36,7 +33,7 @@ class _Calibrated:
         windows = setting.text("teal")
         self.inputs = InputSketches(setting)
         self.note = collect(setting, windows, self.inputs.probes(), "calibrating").note()
-        self.allocation = Greedy(setting, windows, self._mask_at, method.step, method.most)
+        self.allocation = allocation_of(method, setting, windows, self._mask_at)
 
     def _mask_at(self, layer: int, group: Group, share: float) -> Mask:
         return keep_at_least(self.inputs.threshold(layer, group, share))

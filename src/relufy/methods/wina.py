@@ -17,9 +17,9 @@ import torch
 
 from relufy.activation_sparsity import Sparsifier
 from relufy.method import Wina
-from relufy.methods.allocation import Greedy, Group, uniform
+from relufy.methods.allocation import allocation_of
 from relufy.methods.calibrate import Probe, collect
-from relufy.methods.inputs import column_norms, maskable_groups, num_kept
+from relufy.methods.inputs import Group, column_norms, maskable_groups, num_kept
 from relufy.methods.setting import Found, Setting
 from relufy.methods.sketch import Sketch
 from relufy.model.selections import Selection, TokenPositions
@@ -29,10 +29,7 @@ from relufy.model.trial import Mask
 def wina(method: Wina, setting: Setting) -> Found:
     """Return the masks of every projection's input, with the norms of its columns."""
     calibrated = setting.remembered(replace(method, sparsity=0.5), lambda: _Calibrated(method, setting))
-    if method.allocation == "uniform":
-        shares = uniform(setting, method.sparsity)
-    else:
-        shares = calibrated.allocation.shares(method.sparsity)
+    shares = calibrated.allocation.shares(method.sparsity)
     chosen = [(layer, *pair) for layer, of_block in enumerate(shares) for pair in of_block.items()]
     found = [calibrated.selection(*place) for place in chosen if place[2] > 0]
     sparsifiers = tuple(s for s in found if s.threshold != 0)  # there, enough zeros come by themselves
@@ -55,7 +52,7 @@ class _Calibrated:
         self._scores = {place: Sketch() for place in self.norms}
         probes = [Probe(*place, _scores_to(self._scores[place], self.norms[place])) for place in self.norms]
         self.note = collect(setting, windows, probes, "calibrating").note()
-        self.allocation = Greedy(setting, windows, self._mask_at, method.step, method.most)
+        self.allocation = allocation_of(method, setting, windows, self._mask_at)
 
     def selection(self, layer: int, group: Group, share: float) -> Sparsifier:
         """Return the sparsifier of a group of sites that leaves out a share of its inputs."""

@@ -41,12 +41,18 @@ class Place:
             shapes["rotation"] = (self.width, self.width)
         return shapes
 
+    def sites(self) -> tuple[str, ...]:
+        """Return the sites where it is: those reading the norm, or those that the projection serves."""
+        if self.kind == "activation":
+            return ("neuron",)
+        if self.kind == "projection":
+            return tuple(site for site, p in self.block.projections().items() if p.name == self.name)
+        return next(r for norm, r in self.block.shared_inputs() if norm and norm.name == self.name)
+
     def served(self) -> dict[str, Projection]:
         """Return the projections that read what this sparsifier lets pass, by site."""
         projections = self.block.projections()
-        if self.kind == "projection":
-            return {site: p for site, p in projections.items() if p.name == self.name}
-        return {site: projections[site] for site in self.sparsifier.sites if site in projections}
+        return {site: projections[site] for site in self.sites() if site in projections}
 
     def checkpoint_name(self, tensor: str) -> str:
         """Return what one of these tensors is called in a checkpoint."""

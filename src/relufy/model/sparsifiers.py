@@ -148,7 +148,7 @@ def _make_block_dense(block: BlockSites) -> None:
 
 def _put_one(place: Place, tensors: dict[str, torch.Tensor], positions: TokenPositions) -> None:
     activation, definition = place.block.activation, place.sparsifier
-    tensors = _placed(tensors, place)
+    tensors = placed(tensors, place)
     if place.kind == "norm":
         sparsify_output(place.module, _mask(definition, tensors, positions))
     elif place.kind == "projection":
@@ -172,7 +172,7 @@ def _mask(definition: Sparsifier, tensors: dict[str, torch.Tensor], positions: T
     return Selection(definition, tensors, positions)
 
 
-def _placed(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
+def placed(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
     """Return the tensors where the block's weights are; vectors in float32, so that no cut is rounded."""
     weight: torch.Tensor = place.block.up.module.weight  # type: ignore[assignment]
     device = "cpu" if weight.is_meta else weight.device

@@ -7,6 +7,7 @@ not silently taken for a dense decoder.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -55,6 +56,11 @@ class Projection(NamedModule):
     """A linear layer. `shape` is (out, in), also where the weight is stored transposed (Conv1D)."""
 
     shape: tuple[int, int]
+
+    def matrix(self) -> torch.Tensor:
+        """Return the weight as [out, in], outside of any graph."""
+        weight: torch.Tensor = self.module.weight.detach()  # type: ignore[operator,assignment]
+        return weight.T if isinstance(self.module, Conv1D) else weight
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, StaticCache
 from relufy.errors import UserError
 from relufy.files import cache_folder, replacing
 from relufy.measure.quality import evaluating
+from relufy.text import refuse_long_windows
 
 FORMAT = 1
 """Raise it when the same arguments give other text."""
@@ -110,9 +111,7 @@ def _refuse_unfit(model: PreTrainedModel, count: int, window: int, bos: int | No
         raise UserError("the tokenizer has no beginning-of-sequence token to write from; give text files")
     if count < 1 or window < 2:
         raise UserError(f"expected at least 1 window of at least 2 tokens, found {count} of {window}")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and window > longest:
-        raise UserError(f"windows of {window} tokens are longer than the {longest} that this model can read")
+    refuse_long_windows(window, getattr(model.config, "max_position_embeddings", None))
 
 
 def _key(model: PreTrainedModel, *arguments: int) -> str:

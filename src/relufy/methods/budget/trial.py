@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from relufy.methods.budget.clock import Clock
 from relufy.methods.budget.cost import Cost, CostModel, Shares
 from relufy.methods.setting import Found, Setting
 from relufy.model.configuration import sparsity_of
-from relufy.model.places import Place, find_places
+from relufy.model.places import find_places
 from relufy.model.selections import Selection, TokenPositions
+from relufy.model.sparsifiers import placed
 from relufy.model.structure import BlockSites
 from relufy.model.trial import Mask, Trial, trial_masks
 
@@ -108,17 +108,19 @@ Watch = Callable[[int, str, torch.Tensor], None]
 
 def put_masks(setting: Setting, trial: Trial, found: Found, watch: Watch) -> None:
     """Put a candidate's masks on trial, and watch every site that has zeros, those of the model's own too."""
+    present = sparsity_of(setting.model)
     own = {
-        (layer.index, site)
-        for layer in setting.blocks
-        for site in (*layer.projections(), "neuron")
-        if sparsity_of(setting.model).at(site, layer.index)
+        (block.index, site)
+        for block in setting.blocks
+        for site in (*block.projections(), "neuron")
+        if present.at(site, block.index)
     }
     for place in find_places(setting.blocks, ActivationSparsity(found.sparsifiers)):
-        for sites in _groups(place.block, _sites(place)):
-            selection = Selection(_as_selection(place.sparsifier), _tensors(place, found), TokenPositions())
+        tensors = placed(found.tensors_at(place), place)
+        selection = Selection(_as_selection(place.sparsifier), tensors, TokenPositions())
+        correction = selection.correction if selection.low_rank_in is not None else None
+        for sites in _groups(place.block, place.sites()):
             mask = _watched(selection, watch, place.block.index, sites)
-            correction = selection.correction if selection.low_rank_in is not None else None
             trial.put(place.block.index, sites[0], mask, correction)
             own -= {(place.block.index, site) for site in sites}
     for block in setting.blocks:
@@ -132,29 +134,11 @@ def _groups(block: BlockSites, sites: Sequence[str]) -> list[tuple[str, ...]]:
     return [group for group in groups if group]
 
 
-def _sites(place: Place) -> tuple[str, ...]:
-    if place.kind == "activation":
-        return ("neuron",)
-    if place.kind == "norm":
-        readers = next(r for norm, r in place.block.shared_inputs() if norm and norm.name == place.name)
-        return tuple(dict.fromkeys(readers))
-    return tuple(site for site, p in place.block.projections().items() if p.name == place.name)
-
-
 def _as_selection(sparsifier: Sparsifier) -> Sparsifier:
     """A FATReLU, on what a ReLU lets pass, is a threshold."""
     if sparsifier.function != "fatrelu":
         return sparsifier
     return Sparsifier(("neuron",), "threshold", threshold=sparsifier.threshold)
-
-
-def _tensors(place: Place, found: Found) -> dict[str, torch.Tensor]:
-    weight: Any = place.block.up.module.weight
-    return {
-        name: tensor.to(weight.device, weight.dtype if name.startswith("low_rank") else torch.float32)
-        for (layer, site, name), tensor in found.tensors.items()
-        if layer == place.block.index and site in _sites(place) and name in place.tensors()
-    }
 
 
 def _watched(selection: Selection, watch: Watch, layer: int, sites: Sequence[str]) -> Mask:
