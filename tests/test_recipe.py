@@ -54,7 +54,7 @@ def test_shipped_recipes_have_their_files_names():
         ({"name": "x", "finetune": {"stepps": 1}}, r"x\.finetune: unknown key 'stepps'.*'steps'"),
         ({"name": "x", "finetune": {"steps": "many"}}, r"finetune\.steps: expected int, found str 'many'"),
         ({"name": "x", "finetune": {"steps": True}}, r"finetune\.steps: expected int, found bool"),
-        ({"name": "x", "finetune": {"steps": 0}}, "steps must be at least 1"),
+        ({"name": "x", "finetune": {"steps": -1}}, "steps must not be negative"),
         ({"name": "x", "finetune": {"distill": 2}}, "between 0 and 1"),
         ({"name": "x", "version": 7}, "version 7"),
         ({"name": "x", "sparsify": "stage1"}, "a mapping with a method"),

@@ -34,7 +34,7 @@ WINGS_BELOW = {
     "bench": {"methods", "train", "measure", "engine", "model"},
     "report": {"methods", "train", "measure", "engine", "model"},
     "methods": {"measure", "engine", "model"},
-    "train": {"measure", "engine", "model"},
+    "train": {"methods", "measure", "engine", "model"},
     "measure": {"engine", "model"},
     "engine": set(),
     "model": set(),

@@ -52,6 +52,9 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "ac
 RELUFY_ACT = "relufy"
 """The activation name of checkpoints that stock transformers can't compute: there it fails, loudly."""
 
+HELU_WIDTH = 0.05
+"""How far below zero HeLU still lets gradients through. Language models learnt with this; 2 collapses."""
+
 NATIVE_ACTIVATIONS = {"relu": "relu", "relu2": "relu2", "relu_squared": "relu2", "relu_2": "relu2"}
 """What configurations call the activations that are sparse by nature, and their function."""
 
@@ -62,6 +65,7 @@ FATRELU_THRESHOLD_KEY = "hidden_act_param"
 _MASKS = ("relu", *SELECTIONS)
 _FUNCTIONS_WITH = {
     "shift": ("relu", "relu2", "helu"),
+    "width": ("helu",),
     "threshold": (FATRELU, "threshold"),
     "k": ("topk",),
     "sparsity": ("statistical_topk",),
@@ -79,8 +83,9 @@ class Sparsifier:
     """One function at some sites.
 
     An activation at `neuron` replaces the MLP's activation: relu `max(z - shift, 0)`, relu2 its square, helu
-    as relu with another gradient, fatrelu `z where z >= threshold`, drelu `relu(gate) * relu(up)`,
-    statistical_topk `act(relu(z - mean(z) - std(z) * PhiInverse(sparsity)))` with the model's own `act`.
+    as relu with gradient 1 where `z - shift > -width`, fatrelu `z where z >= threshold`, drelu
+    `relu(gate) * relu(up)`, statistical_topk `act(relu(z - mean(z) - std(z) * PhiInverse(sparsity)))` with
+    the model's own `act`.
 
     A selection keeps x_i where `weight_i |x_i - centre_i| >= threshold_i` or is among the `k` greatest, ties
     going to the lower index. It acts on the input of projections or, at `neuron`, on the output of the
@@ -105,6 +110,8 @@ class Sparsifier:
     """Tokens at positions below this stay as they are."""
     layers: tuple[int, ...] | None = None
     """The blocks it applies to; None means all of them."""
+    width: float = HELU_WIDTH
+    """Only training reads it: what a HeLU puts out does not depend on it."""
 
     def __post_init__(self) -> None:
         _check_sites(self)
@@ -163,6 +170,8 @@ def _check_values(sparsifier: Sparsifier) -> None:
         raise UserError("a shift is defined for the site 'neuron' alone")
     if not math.isfinite(sparsifier.shift):
         raise UserError(f"shift must be a finite number, found {sparsifier.shift}")
+    if not 0 <= sparsifier.width < math.inf:
+        raise UserError(f"width must be a finite number, 0 or greater, found {sparsifier.width}")
     if sparsifier.threshold is not None and not 0 <= sparsifier.threshold < math.inf:
         raise UserError(f"threshold must be a finite number, 0 or greater, found {sparsifier.threshold}")
     if sparsifier.k is not None and sparsifier.k < 1:

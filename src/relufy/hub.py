@@ -34,6 +34,13 @@ def config_folder(name: str | Path) -> Path:
     return _local_folder(name) or _download(str(name), ("config.json",))
 
 
+def tokenizer_folder(name: str | Path) -> Path:
+    """Return the folder of a tokenizer: any folder, or as model_folder, but no weights of a hub model."""
+    if Path(name).is_dir():
+        return Path(name)
+    return _local_folder(name) or _download(str(name), ("*.json", "*.model", "*.txt", "*.jinja"))
+
+
 def _local_folder(name: str | Path) -> Path | None:
     """Return the folder, or None if it can only be a hub id. Raises UserError if it can't be that either."""
     path = Path(name)

@@ -5,9 +5,11 @@ does is in the module of the same name in `relufy/methods/`.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from relufy.activation_sparsity import HELU_WIDTH
 from relufy.errors import UserError
 
 
@@ -39,19 +41,51 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Relufication:
-    """ReLU Strikes Back (arXiv 2310.04564), sections 4 and 5.
+    """ReLU Strikes Back (arXiv 2310.04564), sections 4 and 5, with any activation that makes exact zeros.
 
-    Stage 1 swaps the MLP's activation for `relu(x - shift)`. Stage 2 also puts a ReLU on the shared input of
-    q, k, v and on the shared input of gate and up, after those norms.
+    Stage 1 swaps the MLP's activation for `relu(x - shift)`, or what `activation` names. Stage 2 also puts a
+    ReLU on the shared input of q, k, v and on the shared input of gate and up, after those norms.
     """
 
     stage: Literal[1, 2] = 1
     shift: float = 0.0
+    activation: Literal["relu", "helu", "relu2", "drelu"] = "relu"
+    """helu is ReLU with another gradient (arXiv 2411.10573), relu2 its square (arXiv 2402.03804), drelu a
+    ReLU on gate and up (arXiv 2406.05955)."""
+    sparsity: float | None = None
+    """Take the shift from a text: this share of the pre-activations lies below it, as a mean over layers."""
+    per_layer: bool = False
+    """Each layer gets the shift that gives it this sparsity, instead of all of them one."""
+    width: float = HELU_WIDTH
+    """How far below the shift a HeLU still lets gradients through (the paper's alpha)."""
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise UserError(f"sparsity must lie between 0 and 1, found {self.sparsity}")
+        if self.sparsity is not None and self.shift:
+            raise UserError("give a shift or the sparsity that it is taken from, not both")
+        if self.activation == "drelu" and (self.shift or self.sparsity is not None):
+            raise UserError("drelu has no shift, so neither shift nor sparsity can be set")
+        if self.per_layer and self.sparsity is None:
+            raise UserError("per_layer needs the sparsity that every layer's shift is taken from")
+        if self.activation != "helu" and self.width != HELU_WIDTH:
+            raise UserError(f"width belongs to helu; {self.activation} has none")
+        if not (math.isfinite(self.shift) and 0 <= self.width < math.inf):
+            raise UserError(
+                f"shift must be finite and width 0 or greater, found {self.shift} and {self.width}"
+            )
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at a text."""
+        return self.sparsity is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting:
     """What every calibrated method has. `sparsity` is the paper's own target; its docstring says of what."""
+
+    needs_text: ClassVar[bool] = True
 
     sparsity: float = 0.5
     phase: Literal["all", "decode"] = "all"
@@ -60,12 +94,14 @@ class Selecting:
     """Tokens at positions below this stay dense."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_share = field.name.startswith("sparsity") or field.name == "step"
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in given.items():
+            if value is None:
+                continue
+            is_share = name.startswith("sparsity") or name == "step"
             if is_share and not 0 < value < 1:
-                raise UserError(f"{field.name} must lie between 0 and 1, found {value}")
-            if field.name == "most" and not 0 < value <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, found {value}")
+            if name == "most" and not 0 < value <= 1:
                 raise UserError(f"most must be above 0 and at most 1, found {value}")
         if self.dense_first_tokens < 0:
             raise UserError(f"dense_first_tokens must be 0 or greater, found {self.dense_first_tokens}")
@@ -163,9 +199,30 @@ class FatRelu(Selecting):
     """FATReLU (arXiv 2402.13516, section 3.3) on a model with ReLU: `z where z >= threshold`.
 
     `sparsity` is the share of zero neurons wanted, per layer; a layer that has it already keeps its ReLU.
+    Without a threshold it is 0.9.
     """
 
-    sparsity: float = 0.9
+    sparsity: float | None = None  # type: ignore[assignment]
+    threshold: float | None = None
+    """Instead: one threshold for all layers, which needs no text. The paper's is 0.01."""
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.threshold is None:
+            object.__setattr__(self, "sparsity", 0.9)
+        super().__post_init__()
+        if self.threshold is None:
+            return
+        if self.sparsity is not None:
+            raise UserError(
+                "fatrelu has a sparsity, from which each layer's threshold follows, or one threshold for "
+                "all; set the other to null"
+            )
+        if not 0 < self.threshold < math.inf:
+            raise UserError(f"threshold must be a finite number above 0, found {self.threshold}")
+
+    @property
+    def needs_text(self) -> bool:  # type: ignore[override]
+        return self.threshold is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +261,8 @@ class LaRoSA(Selecting):
 class Auto:
     """The automatic one: sites, thresholds and centres such that the engine's predicted time for a token is
     least while the perplexity rises by no more than the budget."""
+
+    needs_text: ClassVar[bool] = True
 
     budget: float = 0.01
     """How much the perplexity may rise, as a share of it: 0.01 is 1 %."""

@@ -107,6 +107,9 @@ class Finetune:
     distill: float = 0.0
     match_hidden: float = 0.0
     penalty: Penalty | None = None
+    """On what `down` reads: more zeros at the site `neuron`."""
+    input_penalty: Penalty | None = None
+    """On the inputs of q k v, gate and up behind the ReLU of stage 2: more zeros there."""
     lora: Lora | None = None
     precision: Literal["f32", "bf16"] = "f32"
     """Of the arithmetic; weights and optimizer stay in the model's own type."""
@@ -239,8 +242,7 @@ def recipe_from_mapping(data: object, where: str) -> Recipe:
 
 def shipped_recipes() -> dict[str, Recipe]:
     """Return the recipes that come with relufy, by name."""
-    files = sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
-    return {recipe.name: recipe for recipe in (_parse(file.read_text(), file.name) for file in files)}
+    return {name: _parse(file.read_text(), file.name) for name, file in _shipped_files().items()}
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -250,12 +252,16 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}")
         return _parse(path.read_text(), str(path))
-    shipped = shipped_recipes()
-    if str(name_or_path) not in shipped:
-        raise UserError(
-            f"there is no recipe {str(name_or_path)!r}{suggest(str(name_or_path), list(shipped))}"
-        )
-    return shipped[str(name_or_path)]
+    name, files = str(name_or_path), _shipped_files()
+    if name not in files:
+        raise UserError(f"there is no recipe {name!r}{suggest(name, list(files))}")
+    return _parse(files[name].read_text(), files[name].name)
+
+
+def _shipped_files() -> dict[str, Path]:
+    """Return the files of shipped recipes by name, which is the file's."""
+    files = {file.stem: file for file in (Path(__file__).parent / "recipes").glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def _parse(text: str, where: str) -> Recipe:

@@ -70,9 +70,14 @@ def check_windows(windows: np.ndarray, vocab_size: int) -> None:
         raise UserError(f"expected integers [windows, length], found {windows.dtype} {list(windows.shape)}")
     if len(windows) == 0 or windows.shape[1] < 2:
         raise UserError(f"expected at least one window of at least 2 tokens, found {list(windows.shape)}")
-    if windows.min() < 0 or windows.max() >= vocab_size:
+    check_ids(windows.min(), windows.max(), vocab_size)
+
+
+def check_ids(lowest: int, highest: int, vocab_size: int) -> None:
+    """Raise UserError unless token ids from `lowest` to `highest` are within a vocabulary."""
+    if lowest < 0 or highest >= vocab_size:
         raise UserError(
-            f"token ids from {windows.min()} to {windows.max()} do not fit a vocabulary of {vocab_size}; "
+            f"token ids from {lowest} to {highest} do not fit a vocabulary of {vocab_size}; "
             "give text encoded by this model's tokenizer"
         )
 

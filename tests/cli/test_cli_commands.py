@@ -178,7 +178,7 @@ def test_an_interrupted_finetune_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
 
         def interrupt(display: object, task: str, done: int, *_: object) -> None:
-            if task == "fine-tuning" and done == 3:
+            if task == "fine-tuning short" and done == 3:
                 raise KeyboardInterrupt
 
         patch.setattr("relufy.cli.progress.ProgressDisplay.update", interrupt)

@@ -32,11 +32,14 @@ SURFACE = {
     " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
-    " --seed --set --resume --json",
+    " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
+    "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
+    " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"
+    " --tensorboard --shard --dtype --json",
     "recipes": "name",
     "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --budget --minutes"
     " --selection --test --windows --window --dtype --threads --seed --no-measure --plot --json",

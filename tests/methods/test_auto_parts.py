@@ -9,6 +9,7 @@ from relufy.activation_sparsity import Sparsifier
 from relufy.engine.spec import decoder_spec
 from relufy.errors import UserError
 from relufy.measure.bytes_read import bytes_engine
+from relufy.measure.sketch import Sketch
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Auto, Calibration, Teal
 from relufy.methods.budget.allocate import as_found
@@ -20,7 +21,6 @@ from relufy.methods.budget.speed import TABLE, ReadingSpeeds
 from relufy.methods.budget.texts import Texts, split
 from relufy.methods.budget.trial import trials
 from relufy.methods.setting import Found
-from relufy.methods.sketch import Sketch
 from relufy.methods.sparsify import find, install, make_setting
 from relufy.model.configuration import sparsity_of
 from relufy.recipe import Recipe

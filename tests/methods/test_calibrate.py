@@ -8,11 +8,11 @@ import torch
 
 import families
 from relufy.errors import UserError
+from relufy.measure.sketch import Sketch
 from relufy.method import Calibration, Teal
 from relufy.methods.calibrate import UP_OUTPUT, Probe, collect, is_massive
 from relufy.methods.inputs import InputSketches
 from relufy.methods.setting import Setting
-from relufy.methods.sketch import Sketch
 from relufy.methods.sparsify import sparsify
 from relufy.model.sites import find_sites
 

@@ -14,6 +14,7 @@ from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.model.configuration import sparsity_of
 from relufy.model.sparsifiers import apply_sparsity
+from relufy.recipe import load_recipe
 
 IDS = torch.tensor([[3, 4, 5, 50, 7], [0, 1, 2, 9, 9]])
 NEURON = ("neuron",)
@@ -137,6 +138,45 @@ def test_a_model_without_zeros_is_told_to_be_relufied_first() -> None:
             sparsify(families.family(name), FatRelu(), drawn_windows())
     with pytest.raises(UserError, match="layer 0 has relu2"):
         sparsify(families.family("nemotron"), FatRelu(), drawn_windows())
+
+
+def test_one_threshold_for_all_layers_needs_no_text() -> None:
+    model, threshold = with_activation("relu"), 0.01
+    gates = torch.linspace(-1, 1, 1001)
+    sparsify(model, FatRelu(threshold=threshold))
+    assert sparsity_of(model).sparsifiers == (Sparsifier(NEURON, "fatrelu", threshold=threshold),)
+    assert "calibration_tokens" not in sparsity_of(model).provenance
+    for layer in model.model.layers:
+        expected = torch.where(gates >= threshold, gates, 0.0)
+        assert torch.equal(layer.mlp.act_fn(gates), expected)
+
+
+def test_a_higher_threshold_stays_and_a_note_says_so() -> None:
+    fats = tuple(Sparsifier(NEURON, "fatrelu", threshold=t, layers=(i,)) for i, t in enumerate((0.005, 0.2)))
+    model = apply_sparsity(families.family("llama"), ActivationSparsity(fats))
+    found = found_by(FatRelu(threshold=0.01), model, drawn_windows())
+    assert [(s.threshold, s.layers) for s in found.sparsifiers] == [(0.01, (0,)), (0.2, (1,))]
+    assert found.notes == ("layers 1 had a higher threshold already and stay as they are",)
+    sparsify(model, FatRelu(threshold=0.01))
+    assert [s.threshold for s in sparsity_of(model).sparsifiers] == [0.01, 0.2]
+
+
+def test_a_threshold_stands_in_for_relu_alone_too() -> None:
+    with pytest.raises(UserError, match=r"plain ReLU, and layer 0 has relu with shift 0\.5"):
+        sparsify(with_activation("relu", shift=0.5), FatRelu(threshold=0.01))
+    with pytest.raises(UserError, match="layer 0 makes no zeros"):
+        sparsify(families.family("llama"), FatRelu(threshold=0.01))
+
+
+def test_sparsity_or_threshold_not_both() -> None:
+    assert FatRelu() == FatRelu(sparsity=0.9) != FatRelu(threshold=0.01)
+    with pytest.raises(UserError, match=r"a sparsity, .* or one threshold for all; set the other to null"):
+        FatRelu(sparsity=0.9, threshold=0.01)
+    for threshold in (0.0, -1.0, float("inf")):
+        with pytest.raises(UserError, match="threshold must be a finite number above 0"):
+            FatRelu(threshold=threshold)
+    shipped = load_recipe("fatrelu").with_values(["sparsify.sparsity=null", "sparsify.threshold=0.02"])
+    assert shipped.sparsify == FatRelu(threshold=0.02)
 
 
 @pytest.mark.parametrize("fields", [{"phase": "decode"}, {"dense_first_tokens": 1}], ids=str)

@@ -11,10 +11,10 @@ import families
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
 from relufy.measure.quality import fidelity
+from relufy.measure.sketch import Sketch
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Relufication, Scap, Teal
 from relufy.methods.setting import Found
-from relufy.methods.sketch import Sketch
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.model.configuration import sparsity_of

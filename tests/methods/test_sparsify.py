@@ -11,7 +11,7 @@ from relufy.errors import UserError
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.configuration import sparsity_of
-from relufy.recipe import Recipe, load_recipe
+from relufy.recipe import Recipe, load_recipe, recipe_from_mapping
 
 IDS = torch.tensor([[3, 4, 5, 50, 7]])
 
@@ -56,7 +56,7 @@ def test_shift_zero_is_stage_1_bit_for_bit() -> None:
 @pytest.mark.parametrize("form", [Relufication(stage=2), "relufy-stage2"], ids=["parameters", "shipped"])
 def test_the_block_keeps_the_recipe(form: Relufication | str) -> None:
     block = sparsity_of(sparsify(families.family("llama"), form))
-    assert block.recipe["sparsify"] == {"method": "relufication", "stage": 2, "shift": 0.0}
+    assert recipe_from_mapping(block.recipe, "block").sparsify == Relufication(stage=2)
     assert block.sparsifiers[0] == Sparsifier(("neuron",), "relu")
 
 

@@ -107,7 +107,7 @@ def test_a_target_is_a_share(target: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("teel", "did you mean 'teal'"), ("relufication", "no sparsity to choose"), ("greedy", "no target")],
+    [("teel", "did you mean 'teal'"), ("relufication", "needs a fine-tune"), ("greedy", "no target")],
 )
 def test_other_names_are_refused_with_the_reason(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):

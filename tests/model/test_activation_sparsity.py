@@ -30,6 +30,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"sites": NEURON, "function": "relu", "shift": float("inf")},
         "shift must be a finite",
     ),
+    "width_of_relu": ({"sites": NEURON, "function": "relu", "width": 0.1}, "width belongs to helu; relu has"),
+    "width_negative": ({"sites": NEURON, "function": "helu", "width": -0.1}, "width must be a finite number"),
     "threshold_of_relu": ({"sites": Q, "function": "relu", "threshold": 0.1}, "threshold belongs to fatrelu"),
     "threshold_missing": ({"sites": Q, "function": "threshold"}, "threshold needs 'threshold', or"),
     "threshold_twice": (

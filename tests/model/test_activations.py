@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import families
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
-from relufy.model.activations import FatReLU, HeLU, ReLU, StatisticalTopK
+from relufy.model.activations import FatReLU, HeLU, ReLU, SquaredReLU, StatisticalTopK
 from relufy.model.configuration import sparsity_of
 from relufy.model.sparsifiers import apply_sparsity
 
@@ -27,15 +27,82 @@ def test_fatrelu_keeps_what_is_at_least_the_threshold(values: list[float], thres
 
 @given(floats, st.floats(-1, 1, width=32))
 def test_helu_is_relu_forward(values: list[float], shift: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor(values, dtype=dtype)
+        assert torch.equal(HeLU(shift)(x), ReLU(shift)(x))
+        assert torch.equal(HeLU(0.0, width=1.5)(x), nn.functional.relu(x))
+
+
+def gradients(module: nn.Module, values: list[float], dtype: torch.dtype = torch.float32) -> list[float]:
+    """Return the gradient of the module's output at each value."""
+    x = torch.tensor(values, dtype=dtype, requires_grad=True)
+    module(x).backward(torch.ones_like(x))
+    assert x.grad is not None
+    return x.grad.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("width", [0.001, 0.05, 0.5, 2.0])
+def test_helu_has_a_gradient_in_the_band_below_zero(width: float, dtype: torch.dtype) -> None:
+    values = [-2 * width, -width / 2, 0.0, width]
+    assert gradients(HeLU(width=width), values, dtype) == [0.0, 1.0, 1.0, 1.0]
+    assert gradients(ReLU(), values, dtype) == [0.0, 0.0, 0.0, 1.0]
+    assert gradients(HeLU(width=width), [-width * 1.01]) == [0.0]
+
+
+def test_helu_of_no_width_is_relu() -> None:
+    values = [-1.0, -1e-6, 0.0, 1e-6, 1.0]
+    assert gradients(HeLU(width=0.0), values) == gradients(ReLU(), values)  # torch's convention at 0 is 0
+
+
+def test_a_shift_moves_the_gradients_with_it() -> None:
+    values = [0.3 - 0.2, 0.3 - 0.05, 0.3 + 0.1]
+    assert gradients(HeLU(shift=0.3, width=0.1), values) == [0.0, 1.0, 1.0]
+    assert gradients(ReLU(shift=0.3), values) == [0.0, 0.0, 1.0]
+    assert gradients(SquaredReLU(shift=0.5), [0.25, 0.5, 1.5]) == [0.0, 0.0, 2.0]
+
+
+@given(floats, st.floats(-1, 1, width=32))
+def test_squared_relu_is_the_square_and_has_its_gradient(values: list[float], shift: float) -> None:
     x = torch.tensor(values)
-    assert torch.equal(HeLU(shift)(x), ReLU(shift)(x))
+    expected = (x - shift).clamp(min=0)
+    assert torch.equal(SquaredReLU(shift)(x), expected**2)
+    assert gradients(SquaredReLU(shift), values) == (2 * expected).tolist()
 
 
-def test_helu_has_a_gradient_in_the_band_below_zero() -> None:
-    width = 0.5
-    x = torch.tensor([-2 * width, -width, -width / 2, 0.0, width], requires_grad=True)
-    HeLU(width=width)(x).backward(torch.full((5,), 3.0))
-    assert x.grad.tolist() == [0.0, 0.0, 3.0, 3.0, 3.0]
+DRELU_GRADIENTS = {
+    (2.0, 3.0): (3.0, 2.0),
+    (2.0, -3.0): (0.0, 0.0),
+    (-2.0, 3.0): (0.0, 0.0),
+    (-2.0, -3.0): (0, 0),
+}
+"""Of relu(gate) * relu(up), to gate and up."""
+GATE_ONLY_GRADIENTS = {
+    (2.0, 3.0): (3.0, 2.0),
+    (2.0, -3.0): (-3.0, 2.0),
+    (-2.0, 3.0): (0, 0),
+    (-2.0, -3.0): (0, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "table"), [("drelu", DRELU_GRADIENTS), ("relu", GATE_ONLY_GRADIENTS)], ids=["drelu", "relu"]
+)
+def test_gradients_of_gate_and_up_by_their_signs(function: str, table: dict) -> None:
+    model = families.family("llama")
+    apply_sparsity(model, ActivationSparsity((Sparsifier(("neuron",), function),)))
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            projection.weight.zero_()
+        mlp.gate_proj.weight[0, 0] = mlp.up_proj.weight[0, 1] = mlp.down_proj.weight[0, 0] = 1.0
+    for (gate, up), expected in table.items():
+        x = torch.zeros(24)
+        x[0], x[1] = gate, up
+        x.requires_grad_()
+        mlp(x)[0].backward()
+        assert x.grad is not None
+        assert tuple(x.grad[:2].tolist()) == expected
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.95])

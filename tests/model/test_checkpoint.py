@@ -106,8 +106,8 @@ def test_nothing_is_left_of_a_failed_save(tmp_path: Path, monkeypatch: pytest.Mo
     model = families.family("llama")
     write = model.save_pretrained
 
-    def fail_at_the_end(folder: Path) -> None:
-        write(folder)
+    def fail_at_the_end(folder: Path, **options) -> None:
+        write(folder, **options)
         raise OSError("disk full")
 
     monkeypatch.setattr(model, "save_pretrained", fail_at_the_end)

@@ -13,14 +13,9 @@ from relufy.errors import UserError
 from relufy.measure.quality import fidelity, perplexity
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
-from relufy.recipe import Finetune
-from relufy.train.finetune import (
-    checkpoint_folder,
-    finetune,
-    last_checkpoint,
-    remove_checkpoints,
-    window_order,
-)
+from relufy.recipe import Finetune, Penalty
+from relufy.train.checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
+from relufy.train.finetune import finetune, stored
 
 SHORT = Finetune(
     steps=6, batch_size=4, window=8, learning_rate=3e-3, warmup_steps=2, distill=1.0, save_steps=2
@@ -72,7 +67,7 @@ def test_cross_entropy_needs_no_teacher_and_learns_the_text(teacher) -> None:
 def test_the_logs_say_what_happened(teacher) -> None:
     seen: list[dict] = []
     model = relufied(teacher)
-    opened = fidelity(teacher, model, windows_of()[window_order(16, 4, 0)]).kl
+    opened = fidelity(teacher, model, stored(windows_of(), 0).take(4)).kl
     result = finetune(model, SHORT, windows_of(), teacher=teacher, on_log=seen.append)
     assert seen == list(result.logs) and [log["step"] for log in seen] == [1, 2, 3, 4, 5, 6]
     assert seen[0]["loss"] == seen[0]["kl"] == pytest.approx(opened, rel=1e-4)
@@ -107,15 +102,62 @@ def test_the_same_seed_gives_the_same_model(teacher) -> None:
 
 @pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
 def test_accumulation_changes_memory_not_the_result(teacher, distill: float) -> None:
-    settings = with_changes(SHORT, distill=distill, match_hidden=2.0)
-    whole, parts = relufied(teacher), relufied(teacher)
+    penalty = Penalty(strength=(5.0,))
+    settings = with_changes(SHORT, distill=distill, match_hidden=2.0, penalty=penalty, input_penalty=penalty)
+    whole, parts = relufied(teacher, stage=2), relufied(teacher, stage=2)
     first = finetune(whole, settings, windows_of(), teacher=teacher)
     second = finetune(parts, with_changes(settings, accumulate=4), windows_of(), teacher=teacher)
     assert second.losses == pytest.approx(first.losses, rel=1e-4)
-    assert [log["mismatch"] for log in second.logs] == pytest.approx(
-        [log["mismatch"] for log in first.logs], rel=1e-4
-    )
+    for term in ("mismatch", "penalty", "input_penalty"):
+        assert [log[term] for log in second.logs] == pytest.approx(
+            [log[term] for log in first.logs], rel=1e-4
+        )
     assert (weights(whole) - weights(parts)).norm() < 0.02 * (weights(whole) - weights(teacher)).norm()
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_recomputing_changes_memory_not_the_result(teacher, precision: str) -> None:
+    settings = with_changes(SHORT, penalty=Penalty(), match_hidden=2.0, precision=precision)
+    kept, recomputed = relufied(teacher, stage=2), relufied(teacher, stage=2)
+    first = finetune(kept, settings, windows_of(), teacher=teacher)
+    again = with_changes(settings, gradient_checkpointing=True)
+    second = finetune(recomputed, again, windows_of(), teacher=teacher)
+    assert second.losses == first.losses and torch.equal(weights(kept), weights(recomputed))
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in recomputed.modules())
+
+
+def test_bf16_is_close_and_leaves_a_model_in_f32(teacher) -> None:
+    settings = with_changes(SHORT, penalty=Penalty(), match_hidden=2.0, distill=0.5, log_steps=1)
+    exact, model = relufied(teacher, stage=2), relufied(teacher, stage=2)
+    expected = finetune(exact, settings, windows_of(), teacher=teacher)
+    found = finetune(model, with_changes(settings, precision="bf16"), windows_of(), teacher=teacher)
+    assert found.losses == pytest.approx(expected.losses, rel=3e-2) and found.losses != expected.losses
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    same = relufied(teacher, stage=2)
+    same.load_state_dict(model.state_dict())
+    ids = torch.from_numpy(windows_of())
+    assert torch.equal(model(ids).logits, same(ids).logits), "computes in its own type again"
+
+
+def test_terms_of_weight_zero_change_nothing(teacher) -> None:
+    one, other = relufied(teacher, stage=2), relufied(teacher, stage=2)
+    nothing = Penalty(strength=(0.0,))
+    first = finetune(one, SHORT, windows_of(), teacher=teacher)
+    weightless = with_changes(SHORT, penalty=nothing, input_penalty=nothing, match_hidden=0.0)
+    second = finetune(other, weightless, windows_of(), teacher=teacher)
+    assert first.losses == second.losses and torch.equal(weights(one), weights(other))
+
+
+def test_thirty_steps_with_a_penalty_lower_the_density(teacher) -> None:
+    def zeros(**changes) -> float:
+        model = relufied(teacher)
+        settings = with_changes(SHORT, steps=30, distill=0.0, learning_rate=1e-2, **changes)
+        logs = finetune(model, settings, windows_of()).logs
+        return sum(logs[-1]["sparsity"]["neuron"]) / 2
+
+    plain = zeros()
+    assert zeros(penalty=Penalty(strength=(10.0,))) > plain + 0.1
+    assert zeros(penalty=Penalty(target=0.9)) > plain + 0.02, "the controller takes its time"
 
 
 class Interruption(Exception):
@@ -161,8 +203,10 @@ def test_a_resumed_run_is_an_unbroken_run(teacher, tmp_path: Path, accumulate: i
 def test_a_checkpoint_without_its_state_does_not_count(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").touch()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": int(name[11:])}))
     (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_')
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
@@ -178,7 +222,7 @@ def test_only_the_very_same_run_is_resumed(teacher, tmp_path: Path) -> None:
         run()
     with pytest.raises(UserError, match=r"a run with learning_rate 0\.003, not 0\.1"):
         run(with_changes(SHORT, learning_rate=0.1), resume=True)
-    with pytest.raises(UserError, match="a run with text"):
+    with pytest.raises(UserError, match="a run with another text"):
         run(windows=windows_of()[::-1].copy(), resume=True)
     run(resume=True)
 
@@ -198,15 +242,6 @@ def test_divergence_stops_before_the_model_is_ruined(teacher, tmp_path: Path) ->
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     last = last_checkpoint(checkpoint_folder(tmp_path / "out"))
     assert last is not None and json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
-
-
-def test_text_that_runs_out_begins_anew_in_another_order() -> None:
-    order = window_order(5, 13, seed=3)
-    assert len(order) == 13
-    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
-    assert list(order[:5]) != list(order[5:10])
-    assert np.array_equal(order, window_order(5, 20, seed=3)[:13])
-    assert not np.array_equal(order, window_order(5, 13, seed=4))
 
 
 @pytest.mark.parametrize(

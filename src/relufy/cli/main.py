@@ -21,6 +21,7 @@ from relufy.cli import (
     info,
     measure,
     pack,
+    pretrain,
     recipes,
     sparsify,
     verify,
@@ -40,7 +41,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, recipes, sparsify, finetune, measure, compare, info, pack, verify, generate, chat):
+for command in (
+    demo,
+    recipes,
+    sparsify,
+    finetune,
+    pretrain,
+    measure,
+    compare,
+    info,
+    pack,
+    verify,
+    generate,
+    chat,
+):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
@@ -97,5 +111,6 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    sys.stderr.write(f"relufy: {' '.join(message.split())}\n")
+    if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+        sys.stderr.write(f"relufy: {' '.join(message.split())}\n")
     return 2

@@ -1,6 +1,7 @@
 """What commands print: results on stdout (text, a table, or one JSON document), everything else on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ from relufy.schema import finite
 if TYPE_CHECKING:
     from relufy.engine import Engine
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+_IS_SILENT = os.environ.get("RANK", "0") != "0"
+"""Whether torchrun started this process beside another one, which speaks for all."""
+
+stdout = Console(highlight=False, quiet=_IS_SILENT)
+stderr = Console(stderr=True, highlight=False, quiet=_IS_SILENT)
 
 
 def note(text: str) -> None:

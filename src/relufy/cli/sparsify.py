@@ -133,16 +133,17 @@ def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool
     """Sparsify as the recipe says; refuse early what would fail late."""
     from relufy.files import refuse_occupied
     from relufy.hub import model_folder
-    from relufy.method import Auto, Selecting
+    from relufy.method import Auto
 
-    if recipe.sparsify is None:
+    stages = [stage for stage in recipe.stages() if stage.sparsify is not None]
+    if not stages:
         raise UserError(f"the recipe {recipe.name} makes no zeros; `relufy finetune` runs it")
-    if isinstance(recipe.sparsify, Auto):
+    if any(isinstance(stage.sparsify, Auto) for stage in stages):
         raise UserError(f"{recipe.name} is the automatic search: give --budget and its options, no recipe")
-    is_calibrated = isinstance(recipe.sparsify, Selecting)
-    if texts and not is_calibrated:
+    calibrated = [stage for stage in stages if stage.sparsify.needs_text]
+    if texts and not calibrated:
         raise UserError(f"{recipe.name} looks at no text: leave --calibration out")
-    if is_calibrated and not texts:
+    if calibrated and not texts:
         raise UserError(
             f"{recipe.name} needs text to calibrate on: --calibration FILE, or --calibration self"
         )
@@ -156,19 +157,22 @@ def run(model: str, output: Path, recipe: "Recipe", texts: list[str], json: bool
     quiet_libraries()
     refuse_without_sites(folder)
     loaded, tokenizer, windows = load_model(folder), load_tokenizer(folder), None
+    notes: list[str] = []
     with ProgressDisplay() as display:
-        if is_calibrated:
-            windows = calibration_windows(texts, loaded, tokenizer, recipe.calibrate, display)
-        setting = make_setting(loaded, recipe, windows, display.update)
-        found = find(recipe.sparsify, setting)
-    if not found.sparsifiers:
-        raise UserError(f"{recipe.name} found nothing to leave out: {'; '.join(found.notes)}")
-    sparse = install(setting, recipe, found)
-    provenance = {"calibration": [Path(text).name for text in texts]} if is_calibrated else {}
-    save_checkpoint(sparse, tokenizer, output, provenance)
+        if calibrated:
+            windows = calibration_windows(texts, loaded, tokenizer, calibrated[0].calibrate, display)
+        for stage in stages:
+            setting = make_setting(loaded, stage, windows, display.update)
+            found = find(stage.sparsify, setting)
+            if not found.sparsifiers:
+                raise UserError(f"{stage.name} found nothing to leave out: {'; '.join(found.notes)}")
+            install(setting, stage, found)
+            notes += found.notes
+    provenance = {"calibration": [Path(text).name for text in texts]} if calibrated else {}
+    save_checkpoint(loaded, tokenizer, output, provenance)
     if json:
-        print_json({"output": str(output), "recipe": recipe.to_mapping(), "notes": list(found.notes)})
+        print_json({"output": str(output), "recipe": recipe.to_mapping(), "notes": notes})
         return
-    for line in found.notes:
+    for line in notes:
         note(line)
     result(f"{output}: {recipe.name}, not fine-tuned")

@@ -7,7 +7,10 @@ _PUBLIC = {
     "Difference": "relufy.measure.quality",
     "Fidelity": "relufy.measure.quality",
     "Perplexity": "relufy.measure.quality",
+    "PreActivations": "relufy.measure.preactivations",
+    "compare_preactivations": "relufy.measure.preactivations",
     "fidelity": "relufy.measure.quality",
+    "measure_preactivations": "relufy.measure.preactivations",
     "paired_difference": "relufy.measure.quality",
     "perplexity": "relufy.measure.quality",
 }

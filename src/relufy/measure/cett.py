@@ -121,8 +121,8 @@ class _Layer:
         self.tokens += len(activations)
         for index, epsilon in enumerate(self._tried):
             error, share = truncate_tail(activations, self._weight, epsilon)
-            self._error[index] += error.double().sum()
-            self._share[index] += share.double().sum()
+            self._error[index] += error.double().sum().cpu()
+            self._share[index] += share.double().sum().cpu()
 
     def narrow(self) -> None:
         """Go to the section at whose end the error first passes the target."""

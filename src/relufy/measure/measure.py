@@ -53,7 +53,11 @@ class Measurement:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "definitions": DEFINITIONS}
+        """Return plain data, without each window's own perplexity."""
+        plain = {**asdict(self), "definitions": DEFINITIONS}
+        for found in filter(None, (plain["perplexity"], plain["dense_perplexity"])):
+            del found["per_window"]
+        return plain
 
 
 def measure(

@@ -7,7 +7,7 @@ only. Windows are the independent units, so standard errors are taken over windo
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Perplexity:
     nats_per_token: float
     standard_error: float
     tokens: int
+    per_window: tuple[float, ...] = field(default=(), repr=False)
+    """Each window's own mean, in nats, for paired comparisons."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def perplexity(model: PreTrainedModel, windows: np.ndarray, batch_size: int = 16
             losses = -log_likelihood(_predictions(model, ids), ids[:, 1:])
             per_window += losses.double().mean(1).tolist()
     nats, error = mean_and_error(per_window)
-    return Perplexity(math.exp(nats), nats, error, windows[:, 1:].size)
+    return Perplexity(math.exp(nats), nats, error, windows[:, 1:].size, tuple(per_window))
 
 
 def fidelity(

@@ -23,14 +23,15 @@ MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 above 1000 times the median magnitude of the hidden state."""
 
 UP_OUTPUT = "up_output"
-"""A place beside the sites: what the up projection returns."""
+PRE_ACTIVATION = "pre_activation"
+"""Places beside the sites: what the up projection returns, and what the activation gets."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """Asks for what passes a site of a layer: `observe` gets it as `[positions, channels]`, many times.
 
-    The sites are those of activation_sparsity.SITES, before any mask; and UP_OUTPUT.
+    The sites are those of activation_sparsity.SITES, before any mask; UP_OUTPUT; and PRE_ACTIVATION.
     """
 
     layer: int
@@ -140,7 +141,8 @@ def _attach(run: _Run, block: BlockSites, probe: Probe) -> Any:
     if probe.site == UP_OUTPUT:
         part = _second_half if block.gate == block.up else _whole
         return block.up.module.register_forward_hook(_output_hook(run, probe, part))
-    module: nn.Module = block.projections()[probe.site].module
+    is_projection = probe.site != PRE_ACTIVATION
+    module: nn.Module = block.projections()[probe.site].module if is_projection else block.activation.module
     return module.register_forward_pre_hook(lambda _module, args: run.show(probe, args[0]))
 
 

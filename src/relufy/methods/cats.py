@@ -7,11 +7,11 @@ widths.
 """
 
 from relufy.activation_sparsity import Sparsifier
+from relufy.measure.sketch import Sketch
 from relufy.method import Cats
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.neurons import refuse_own_zeros, refuse_plain_mlp
 from relufy.methods.setting import Found, Setting
-from relufy.methods.sketch import Sketch
 
 
 def cats(method: Cats, setting: Setting) -> Found:

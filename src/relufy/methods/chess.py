@@ -18,11 +18,11 @@ from collections.abc import Iterator
 import torch
 
 from relufy.activation_sparsity import Sparsifier
+from relufy.measure.sketch import Sketch
 from relufy.method import Chess
 from relufy.methods.calibrate import UP_OUTPUT, Probe, collect
 from relufy.methods.neurons import refuse_own_zeros, refuse_plain_mlp
 from relufy.methods.setting import Found, Setting
-from relufy.methods.sketch import Sketch
 
 LARGEST_THRESHOLD = torch.finfo(torch.float16).max
 """For neurons whose mean |up| is next to nothing: finite in every type that a model may be cast to."""

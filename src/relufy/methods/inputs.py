@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from relufy.activation_sparsity import Sparsifier
+from relufy.measure.sketch import Sketch
 from relufy.methods.calibrate import Probe
 from relufy.methods.setting import Setting
-from relufy.methods.sketch import Sketch
 from relufy.model.configuration import sparsity_of
 from relufy.model.structure import BlockSites, Projection
 

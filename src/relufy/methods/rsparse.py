@@ -19,12 +19,12 @@ import torch
 
 from relufy.activation_sparsity import LOW_RANK, Sparsifier
 from relufy.measure.quality import perplexity
+from relufy.measure.sketch import Sketch
 from relufy.method import RSparse
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.evolution import evolve
 from relufy.methods.inputs import column_norms, maskable_groups, masks_by_threshold, same_tensor
 from relufy.methods.setting import Found, Setting
-from relufy.methods.sketch import Sketch
 from relufy.model.selections import Selection, TokenPositions
 from relufy.model.structure import Projection
 from relufy.model.trial import Trial, trial_masks

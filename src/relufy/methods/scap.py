@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from relufy.activation_sparsity import Sparsifier
 from relufy.errors import UserError
+from relufy.measure.sketch import Sketch
 from relufy.method import Scap
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.inputs import maskable_groups
 from relufy.methods.setting import Found, Setting
-from relufy.methods.sketch import Sketch
 from relufy.model.configuration import find_activation_key, sparsity_of
 from relufy.model.structure import BlockSites
 

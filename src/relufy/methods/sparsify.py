@@ -30,22 +30,35 @@ def sparsify(
     recipe: "Recipe | Relufication | Selecting | str | Path",
     windows: np.ndarray | None = None,
     progress: Progress = no_progress,
+    on_note: Callable[[str], object] = lambda _note: None,
 ) -> PreTrainedModel:
     """Make the zeros that a recipe asks for, in place, without any training; return the model.
 
-    `recipe` is a recipe, a method's parameters, the name of a shipped recipe or a YAML file. `windows`, int64
-    `[windows, length]` as `relufy.text.read_windows` returns them, are what a method is calibrated on; as
-    many are drawn as the recipe says. Raises UserError for a recipe without a method, missing text, a model
-    of unknown shape or with masks already, and zeros that this model cannot have.
+    `recipe` is a recipe, a method's parameters, the name of a shipped recipe or a YAML file; the zeros of the
+    recipes that follow it are made too, in their order. `windows`, int64 `[windows, length]` as
+    `relufy.text.read_windows` returns them, are what a method is calibrated on; as many are drawn as the
+    recipe says; `on_note` gets what was measured on them, in a line each. Raises UserError for a recipe
+    without a method, missing text, a model of unknown shape or with masks already, and zeros that this model
+    cannot have.
     """
-    chosen = as_recipe(recipe)
-    if chosen.sparsify is None:
+    for stage in stages_with_zeros(as_recipe(recipe)):
+        setting = make_setting(model, stage, windows, progress)
+        found = find(stage.sparsify, setting)
+        install(setting, stage, found)
+        for note in found.notes:
+            on_note(note)
+    return model
+
+
+def stages_with_zeros(recipe: Recipe) -> list[Recipe]:
+    """Return those of a recipe's stages that make zeros. Raises UserError if there is none."""
+    stages = [stage for stage in recipe.stages() if stage.sparsify is not None]
+    if not stages:
         raise UserError(
-            f"the recipe {chosen.name!r} has no 'sparsify' part, so it makes no zeros; "
+            f"the recipe {recipe.name!r} has no 'sparsify' part, so it makes no zeros; "
             "fine-tune with it, or pick another (`relufy recipes` lists them)"
         )
-    setting = make_setting(model, chosen, windows, progress)
-    return install(setting, chosen, find(chosen.sparsify, setting))
+    return stages
 
 
 def make_setting(
@@ -83,7 +96,7 @@ def install(setting: Setting, recipe: Recipe, found: Found) -> PreTrainedModel:
     kept = kept_activations(present.sparsifiers, found.sparsifiers) if leaves else []
     sparsity = ActivationSparsity((*kept, *found.sparsifiers), recipe=recipe.to_mapping())
     provenance = present.provenance or base_provenance(setting.model)
-    if setting.windows is not None:
+    if setting.windows is not None and recipe.sparsify.needs_text:
         provenance = provenance | {"calibration_tokens": int(setting.windows.size)}
     places = find_places(setting.blocks, sparsity)
     provenance = with_fingerprints(provenance, places)

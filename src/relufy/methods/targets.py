@@ -16,7 +16,7 @@ from relufy.model.structure import BlockSites
 from relufy.schema import suggest
 
 WITHOUT_TARGET = {
-    "relufication": "relufication has no sparsity to choose, and needs a fine-tune",
+    "relufication": "relufication needs a fine-tune, so it is not compared with what needs none",
     "auto": "auto searches under a budget of perplexity (relufy sparsify --budget), not at a target",
     "greedy": "greedy goes as far as a loss on the calibration text allows, so it has no target of its own",
 }

@@ -16,12 +16,12 @@ from dataclasses import replace
 import torch
 
 from relufy.activation_sparsity import Sparsifier
+from relufy.measure.sketch import Sketch
 from relufy.method import Wina
 from relufy.methods.allocation import allocation_of
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.inputs import Group, column_norms, maskable_groups, num_kept
 from relufy.methods.setting import Found, Setting
-from relufy.methods.sketch import Sketch
 from relufy.model.selections import Selection, TokenPositions
 from relufy.model.trial import Mask
 

@@ -8,11 +8,8 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from transformers.activations import ACT2FN
 
-from relufy.activation_sparsity import FATRELU, RELUFY_ACT, Sparsifier
+from relufy.activation_sparsity import FATRELU, HELU_WIDTH, RELUFY_ACT, Sparsifier
 from relufy.errors import UserError
-
-HELU_WIDTH = 0.05
-"""How far below zero HeLU still lets gradients through. Language models learnt with this; 2 collapses."""
 
 
 class ReLU(nn.Module):
@@ -29,7 +26,7 @@ class ReLU(nn.Module):
         return f"shift={self.shift}" if self.shift else ""
 
     def _shifted(self, x: torch.Tensor) -> torch.Tensor:
-        return x - self.shift if self.shift else x
+        return (widened(x) - self.shift).to(x.dtype) if self.shift else x
 
 
 class SquaredReLU(ReLU):
@@ -60,6 +57,9 @@ class HeLU(ReLU):
     def __init__(self, shift: float = 0.0, width: float = HELU_WIDTH) -> None:
         super().__init__(shift)
         self.width = width
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}" + (f", shift={self.shift}" if self.shift else "")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Hysteresis.apply(self._shifted(x), self.width)  # type: ignore[return-value]
@@ -113,7 +113,7 @@ def make_activation(sparsifier: Sparsifier, own: nn.Module) -> nn.Module:
         case "relu2":
             return SquaredReLU(sparsifier.shift)
         case "helu":
-            return HeLU(sparsifier.shift)
+            return HeLU(sparsifier.shift, sparsifier.width)
         case "fatrelu":
             return FatReLU(sparsifier.threshold or 0.0)
         case "statistical_topk":

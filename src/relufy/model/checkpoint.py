@@ -18,7 +18,7 @@ from transformers import (
 from relufy.activation_sparsity import BLOCK_KEY, FATRELU, activation_name, read_activation_sparsity
 from relufy.errors import UserError
 from relufy.files import replacing
-from relufy.hub import model_folder, read_config, weight_files
+from relufy.hub import model_folder, read_config, tokenizer_folder, weight_files
 from relufy.model.configuration import Pointer, has_block, refuse_quantized, sparsity_of
 from relufy.model.fingerprints import check_model
 from relufy.model.plugin import register
@@ -62,8 +62,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint (as in `load_model`). Raises UserError if it has none."""
-    folder = model_folder(folder)
+    """Return the tokenizer of a checkpoint (as in `load_model`) or of any folder. Raises UserError."""
+    folder = tokenizer_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -77,11 +77,14 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     provenance: dict[str, Any] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the model, in the dtype that it has, and the tokenizer to a new folder, whole or not at all.
 
-    `provenance` is added to the block's own, with the versions used. Raises UserError if the folder is
-    occupied, and for a model whose weights are no longer those that its sparsifiers' tensors were made of.
+    `provenance` is added to the block's own, with the versions used. `weights` are the model's, by name,
+    where it does not hold them itself (training spread it over processes); they are used up. Raises UserError
+    if the folder is occupied, and for a model whose weights are no longer those that its sparsifiers' tensors
+    were made of.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is not a whole model; merge its adapters first")
@@ -90,12 +93,18 @@ def save_checkpoint(
     refuse_quantized(model.config.to_dict(), type(model).__name__)
     check_model(model)
     with replacing(Path(folder)) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights and _as_in(model, weights))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if has_block(model) or provenance:
             _complete_config(model, temporary / "config.json", provenance or {})
     return Path(folder)
+
+
+def _as_in(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights in the types that the model has them in; `weights` is emptied on the way."""
+    own = model.state_dict()
+    return {name: weights.pop(name).to(own[name].dtype) for name in list(weights)}
 
 
 def _complete_config(model: PreTrainedModel, file: Path, provenance: dict[str, Any]) -> None:

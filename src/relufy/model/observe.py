@@ -13,6 +13,8 @@ from relufy.model.structure import BlockSites, find_blocks, stack_name
 
 ZerosOfTokens = Callable[[str, int, torch.Tensor], None]
 """Called with a site, a layer, and the number of zeros at each token, `[batch * time]`."""
+ValuesOfTokens = Callable[[str, int, torch.Tensor], None]
+"""Called with a site, a layer, and what is there, `[..., width]`."""
 
 
 class Observer:
@@ -22,9 +24,12 @@ class Observer:
     attention mask marks as padding do not. What gradient checkpointing computes again is not counted again.
     """
 
-    def __init__(self, num_layers: int, each: ZerosOfTokens | None = None) -> None:
+    def __init__(
+        self, num_layers: int, each: ZerosOfTokens | None = None, values: ValuesOfTokens | None = None
+    ) -> None:
         self._num_layers = num_layers
         self._each = each
+        self._values = values
         self._zeros: dict[str, list[Any]] = {}
         self._widths: dict[str, int] = {}
         self._tokens: Any = 0
@@ -82,6 +87,8 @@ class Observer:
         layers[layer] = layers[layer] + self._last[1].sum()
         if self._each is not None:
             self._each(site, layer, self._last[1])
+        if self._values is not None:
+            self._values(site, layer, values)
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         """Return which rows are tokens, not padding: bool [rows]."""
@@ -93,8 +100,12 @@ class Observer:
 
 
 @contextmanager
-def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterator[Observer]:
+def observe_sites(
+    model: nn.Module, each: ZerosOfTokens | None = None, values: ValuesOfTokens | None = None
+) -> Iterator[Observer]:
     """Count zeros at every site of the model while this context lasts, and show `each` those of the tokens.
+
+    `values` is shown what the zeros are counted in.
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
     Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
@@ -102,7 +113,7 @@ def observe_sites(model: nn.Module, each: ZerosOfTokens | None = None) -> Iterat
     Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
-    observer = Observer(len(blocks), each)
+    observer = Observer(len(blocks), each, values)
     with ExitStack() as hooks:
         stack = model.get_submodule(stack_name(blocks))
         begin = stack.register_forward_pre_hook(

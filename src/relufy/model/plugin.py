@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from relufy.activation_sparsity import FATRELU, RELUFY_ACT
 from relufy.errors import UserError
 from relufy.model.activations import Placeholder
+from relufy.model.beta_silu import register_beta_silu
 from relufy.model.configuration import POINTER_METHOD, Pointer, has_block
 from relufy.model.fingerprints import check_files
 from relufy.model.sparsifiers import install_sparsity
@@ -54,6 +55,7 @@ def register() -> None:
     for name in (RELUFY_ACT, FATRELU):
         ACT2FN[name] = Placeholder
         ACT2CLS[name] = Placeholder
+    register_beta_silu()
 
 
 def _safetensors(files: Sequence[str]) -> list[str]:

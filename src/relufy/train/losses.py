@@ -1,4 +1,4 @@
-"""What a fine-tune minimises: cross-entropy, distillation from the dense model, or a mixture of both.
+"""What a training minimises: cross-entropy, distillation from the dense model, or a mixture of both.
 
 Distillation compares the full next-token distributions. The logits alone teach the blocks slowly, so the
 hidden states can be matched too: on the bundled model's stage 1, 0.2 M tokens then close 91 % of the KL that
@@ -27,7 +27,8 @@ def loss_terms(
     terms, weights = {}, {}
     if settings.needs_teacher:
         assert teacher is not None
-        with torch.no_grad():
+        bf16 = torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        with torch.no_grad(), bf16:
             dense = teacher(input_ids=ids, use_cache=False, output_hidden_states=matches_hidden)
     if settings.distill > 0:
         weights["kl"] = settings.distill

@@ -24,6 +24,8 @@ FORMAT = 1
 BATCH_BYTES = 512 * 2**20
 """Memory for the keys and values of the windows that are written side by side."""
 MAX_BATCH = 256
+ACCELERATOR_BATCHES = 16
+"""How many times as much an accelerator takes."""
 
 Progress = Callable[[int, int], None]
 """Called with the windows done and their number."""
@@ -103,7 +105,8 @@ def _sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 def _batch_size(model: PreTrainedModel, window: int) -> int:
     config = model.config
     per_window = 2 * config.num_hidden_layers * config.hidden_size * window * model.dtype.itemsize
-    return max(1, min(MAX_BATCH, BATCH_BYTES // per_window))
+    times = 1 if model.device.type == "cpu" else ACCELERATOR_BATCHES
+    return max(1, min(times * MAX_BATCH, times * BATCH_BYTES // per_window))
 
 
 def _refuse_unfit(model: PreTrainedModel, count: int, window: int, bos: int | None) -> None:

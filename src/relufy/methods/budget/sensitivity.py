@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from relufy.measure.sketch import Sketch
 from relufy.methods.budget.clock import Clock
 from relufy.methods.budget.cost import Place
 from relufy.methods.calibrate import Probe, collect
 from relufy.methods.setting import Setting
-from relufy.methods.sketch import Sketch
 
 BATCH = 2
 """Windows of a backward pass."""

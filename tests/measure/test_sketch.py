@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relufy.methods.sketch import RELATIVE_ERROR, Sketch, merged
+from relufy.measure.sketch import RELATIVE_ERROR, Sketch, common_value_at, cuts, merged
+from relufy.model.activations import ReLU
 
 torch.set_num_threads(1)
 
@@ -82,6 +84,36 @@ def test_parts_add_up_to_the_whole_exactly() -> None:
     for parts in (values.split(997), values.split(64), values.flip(0).split(5000)):
         together = merged(sketch_of(part) for part in parts)
         assert torch.equal(together._counts, whole._counts)
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=1, max_size=60),
+    share=st.floats(0.01, 0.99),
+)
+def test_signed_values_are_split_exactly_at_cuts(values: list[float], share: float) -> None:
+    sketch, signed = sketch_of(torch.tensor(values)), torch.tensor(values, dtype=torch.float64)
+    found = sketch.value_at(share)
+    assert sketch.share_at_most(found) == pytest.approx(float((signed <= found).double().mean()), abs=1e-12)
+    assert (signed <= found).sum() >= share * len(values) - 1e-9
+    before = cuts()[np.searchsorted(cuts(), found) - 1]
+    assert (signed <= before).sum() < share * len(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifting_by_a_cut_makes_exactly_the_zeros_that_were_counted(dtype: torch.dtype) -> None:
+    values = (draw("normal", 5_000) * 0.3 - 0.1).to(dtype)
+    sketch = sketch_of(values)
+    for share in (0.1, 0.5, 0.9):
+        shift = sketch.value_at(share)
+        zeros = float((ReLU(shift)(values) == 0).double().mean())
+        assert zeros == sketch.share_at_most(shift) == pytest.approx(share, abs=0.02)
+
+
+def test_a_common_value_is_a_mean_over_sketches_not_over_values() -> None:
+    few, many = sketch_of(torch.arange(1.0, 11.0)), sketch_of(torch.arange(101.0, 201.0))
+    value = common_value_at([few, many], 0.5)
+    assert few.share_at_most(value) == 1.0 and many.share_at_most(value) == 0.0
+    assert few.share_at_most(0.0) == 0.0 and sketch_of(torch.tensor([-0.0, 0.0])).share_at_most(0.0) == 1.0
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 0.17])

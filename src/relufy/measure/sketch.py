@@ -5,6 +5,7 @@ order of the numbers. A bin is less than 1 % wide (2**-7 of its lower edge), at 
 choose beforehand. Counts are whole numbers, so sketches of parts of a text add up to the sketch of all of it.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -13,13 +14,15 @@ import torch
 
 _DROPPED_BITS = 16
 _BINS = 1 << 15
+_FINITE = 0x7F80
+"""Bins of a sign that hold finite numbers."""
 _GRID = 2048
 RELATIVE_ERROR = 2.0**-7
 """How far a value of a sketch may be from the true one, relative to it."""
 
 
 class Sketch:
-    """Counts of values. `share_below` and `quantile` are of magnitudes, `median` and `mode` of the values."""
+    """Counts of values. `share_below`, `curves` and `quantile` are of magnitudes, the rest of the values."""
 
     def __init__(self) -> None:
         self._counts = torch.zeros(2, _BINS, dtype=torch.int64)
@@ -72,6 +75,21 @@ class Sketch:
         before, inside = int(cumulative[key] - counts[key]), int(counts[key])
         return lower + (upper - lower) * (wanted - before) / inside
 
+    def shares(self) -> np.ndarray:
+        """Return the share of values at or below each of `cuts()`."""
+        positive, negative = self._counts[:, :_FINITE].numpy()
+        zeros = negative[:1] + positive[:1]
+        ordered = np.concatenate([negative[:0:-1], zeros, positive[1:]])
+        return ordered.cumsum() / max(self.count, 1)
+
+    def share_at_most(self, value: float) -> float:
+        """Return the share of values that are at most this one: exact at `cuts()`, as even between them."""
+        return float(np.interp(value, cuts(), self.shares()))
+
+    def value_at(self, share: float) -> float:
+        """Return the least of `cuts()` that at least this share of the values, below 1, is at most."""
+        return common_value_at([self], share)
+
     def median(self) -> float:
         """Return the value that half of the values are below."""
         edges, below = self._distribution()
@@ -115,6 +133,24 @@ def merged(sketches: Iterable[Sketch]) -> Sketch:
     for sketch in sketches:
         total.merge(sketch)
     return total
+
+
+@functools.cache
+def cuts() -> np.ndarray:
+    """Return the greatest value of each bin, ascending: where a sketch splits its values exactly.
+
+    The bin around zero has 0 itself: what is smaller than 1e-40 counts as zero.
+    """
+    keys = np.arange(_FINITE + 1, dtype=np.int32) << _DROPPED_BITS
+    magnitudes = keys[:-1].view(np.float32)
+    greatest = (keys[2:] - 1).view(np.float32)
+    return np.concatenate([-magnitudes[:0:-1], [0.0], greatest]).astype(np.float64)
+
+
+def common_value_at(sketches: Sequence[Sketch], share: float) -> float:
+    """Return the least of `cuts()` that at least this share of values is at most, as a mean over sketches."""
+    shares = np.mean([sketch.shares() for sketch in sketches], axis=0)
+    return float(cuts()[np.searchsorted(shares, share)])
 
 
 def _values_at(shares: Sequence[float], edges: np.ndarray, below: np.ndarray) -> np.ndarray:
