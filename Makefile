@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
-CHECKED := src tests $(wildcard examples)
+CHECKED := src tests studies $(wildcard examples)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types test-cpp test-python sanitize neon format clean

@@ -1,0 +1,1 @@
+"""The studies of docs/studies: programs that train models, and make tables and plots of what they find."""

@@ -1,0 +1,73 @@
+"""Results in short: what the documents of docs/studies are made from, small enough to be kept with them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A mean over seeds and its standard error (NaN for a single one)."""
+
+    mean: float
+    error: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Seeds":
+        mean = math.fsum(values) / len(values)
+        if len(values) == 1:
+            return Seeds(mean, math.nan, 1)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        return Seeds(mean, math.sqrt(variance / len(values)), len(values))
+
+    def text(self, digits: int = 4) -> str:
+        """Return "mean ± error" as it is printed in a table."""
+        error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+def short(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's result without what only the job itself needs."""
+    job = result["job"]
+    return {
+        "start": job["start"],
+        "activation": job["activation"],
+        "sparsify": job["sparsify"],
+        "finetune": job["finetune"],
+        "tokens": result["tokens"],
+        "checks": [[tokens, round(nats, 4)] for tokens, nats in result["checks"]],
+        "final": _figures(result["final"]),
+        "after": [_figures(after) for after in result["after"]],
+    }
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation's figures; sites and layers as means."""
+    return {
+        "nats": round(found["nats"], 5),
+        "standard_error": round(found["standard_error"], 5),
+        "valid": round(found["valid"], 5),
+        "sparsity": {site: round(mean(layers), 5) for site, layers in found["sparsity"].items()},
+        "sparsity_neuron_by_layer": [round(share, 4) for share in found["sparsity"]["neuron"]],
+        "dead": round(mean(found["dead"]), 5) if found["dead"] else None,
+        "live_sparsity": round(mean(found["live_sparsity"]), 5) if found["live_sparsity"] else None,
+        "union_density": round(mean(found["union_density"]), 5) if found["union_density"] else None,
+        "macs_paper": found["macs_paper"],
+        "cett": found["cett"] and round(found["cett"], 5),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
