@@ -258,6 +258,13 @@ def test_unfit_windows_are_refused(teacher, settings: Finetune, windows: np.ndar
         finetune(relufied(teacher), settings, windows, teacher=teacher)
 
 
+def test_windows_longer_than_the_model_s_positions_are_refused(teacher) -> None:
+    longest = teacher.config.max_position_embeddings
+    windows = np.zeros((4, longest + 1), dtype=np.int64)
+    with pytest.raises(UserError, match=f"longer than the {longest}"):
+        finetune(teacher, with_changes(SHORT, window=longest + 1, distill=0.0), windows)
+
+
 def test_an_unfit_teacher_is_refused(teacher) -> None:
     model = relufied(teacher)
     with pytest.raises(UserError, match="need the dense original"):

@@ -1,5 +1,6 @@
 """`relufy finetune`: recover a model after its zeros were made, on text or on what the model writes."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +10,15 @@ from relufy.cli.options import Assignments, Json, Model, OutputFolder, RecipeNam
 from relufy.cli.output import note, print_json, result
 from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
-from relufy.cli.training import DTYPES, LogFolder, SavedDtype, Shard, TensorBoard, check_saving
+from relufy.cli.training import (
+    DTYPES,
+    SPARSENING,
+    LogFolder,
+    SavedDtype,
+    Shard,
+    TensorBoard,
+    check_saving,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,20 +124,30 @@ def command(
 def chosen_recipe(
     name: str, assignments: list[str], target: float | None, lora: int | None, **changes: Any
 ) -> "Recipe":
-    """Return the recipe with what the command line says instead. Raises UserError."""
-    from relufy.recipe import load_recipe
+    """Return the recipe with what the command line says instead, in every stage that trains.
 
-    assignments = list(assignments)
-    recipe = load_recipe(name)
-    if lora is not None:
-        assignments.append(f"finetune.lora={{rank: {lora}}}")
-    if target is not None:
-        if recipe.finetune.penalty is None or recipe.finetune.penalty.target is None:
-            way = "{strength: [0.0, 1.0, 1.0], until: [0.1, 0.7, 1.0], target: " + str(target) + "}"
-            assignments.append(f"finetune.penalty={way}")
-        else:
-            assignments.append(f"finetune.penalty.target={target}")
-    return recipe.with_values(assignments).with_finetune(**changes)
+    Raises UserError.
+    """
+    from relufy.recipe import Lora, load_recipe
+
+    recipe = load_recipe(name).with_values(assignments)
+    recipe = recipe.with_finetune(**changes, lora=None if lora is None else Lora(rank=lora))
+    return recipe if target is None else with_target(recipe, target)
+
+
+def with_target(recipe: "Recipe", target: float) -> "Recipe":
+    """Return the recipe with a penalty towards this share of zeros; a way to a target of its own is kept."""
+    from relufy.recipe import Penalty
+
+    penalty = recipe.finetune.penalty
+    if penalty is None or penalty.target is None:
+        penalty = Penalty(**SPARSENING)
+    aimed = replace(recipe.finetune, penalty=replace(penalty, target=target))
+    return replace(
+        recipe,
+        finetune=aimed if recipe.finetune.steps else recipe.finetune,
+        then=recipe.then and with_target(recipe.then, target),
+    )
 
 
 def refuse_as_teacher(folder: "Path") -> None:

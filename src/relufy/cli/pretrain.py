@@ -11,13 +11,10 @@ from relufy.cli.options import Assignments, Json, OutputFolder
 from relufy.cli.output import note
 from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
-from relufy.cli.training import LogFolder, SavedDtype, Shard, TensorBoard, check_saving, in_dtype
+from relufy.cli.training import SPARSENING, LogFolder, SavedDtype, Shard, TensorBoard, check_saving, in_dtype
 
 if TYPE_CHECKING:
     from relufy.recipe import Finetune
-
-SPARSENING = {"strength": [0.0, 1.0, 1.0], "until": [0.1, 0.7, 1.0]}
-"""The way to a wanted share of zeros: it begins after a tenth of the steps and ends after seven."""
 
 
 def command(

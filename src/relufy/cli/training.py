@@ -1,7 +1,7 @@
 """Options that every command that trains has."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ Shard = Annotated[
     bool, typer.Option("--shard", help="Under torchrun: split the model over the processes (FSDP2).")
 ]
 SavedDtype = Annotated[str, typer.Option("--dtype", help="What the weights are saved in: f32 or bf16.")]
+
+SPARSENING: dict[str, Any] = {"strength": (0.0, 1.0, 1.0), "until": (0.1, 0.7, 1.0)}
+"""The way to a wanted share of zeros: it begins after a tenth of the steps and ends after seven."""
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 

@@ -16,7 +16,7 @@ from relufy.errors import UserError
 from relufy.measure.quality import refuse_other_vocabulary
 from relufy.model.fingerprints import refuse_training
 from relufy.recipe import Finetune
-from relufy.text import check_windows
+from relufy.text import check_windows, refuse_long_windows
 from relufy.train.adapters import adapted
 from relufy.train.arguments import layer_classes, training_arguments
 from relufy.train.checkpoints import checkpoint_folder, last_checkpoint, run_folder, step_of
@@ -156,6 +156,7 @@ def _refuse_unfit(
     refuse_training(model)
     if shard and num_processes() == 1:
         raise UserError("there is one process, so nothing to shard over; start several, or do not shard")
+    refuse_long_windows(settings.window, getattr(model.config, "max_position_embeddings", None))
     if shard and settings.lora is not None:
         raise UserError(
             "LoRA needs whole weights to be merged into; train it without sharding, or shard without it"
