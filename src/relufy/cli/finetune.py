@@ -96,11 +96,19 @@ def command(
     join_processes()
     tokenizer, trained = load_tokenizer(source), load_model(source)
     teacher = load_model(original) if needs_teacher or SELF in _names(data) else None
+    texts: dict[tuple[int, ...], Any] = {}
+
+    def text_of(settings: "Finetune") -> "np.ndarray | WindowStream":
+        key = settings.window, settings.seed, settings.steps * settings.batch_size
+        if key not in texts:
+            texts[key] = training_text(data, teacher, tokenizer, settings, display)
+        return texts[key]
+
     with ProgressDisplay() as display:
         run = Run(
             output=output,
             tokenizer=tokenizer,
-            text_of=lambda settings: training_text(data, teacher, tokenizer, settings, display),
+            text_of=text_of,
             teacher=teacher,
             resume=resume,
             shard=shard,

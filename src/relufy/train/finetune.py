@@ -48,6 +48,10 @@ class FinetuneResult:
         return tuple(log["loss"] for log in self.logs)
 
 
+UNTRAINED = FinetuneResult(0, 0, 0.0, 0.0, ())
+"""What no steps take."""
+
+
 def finetune(
     model: PreTrainedModel,
     settings: Finetune,
@@ -73,7 +77,7 @@ def finetune(
     """
     join_processes()
     if settings.steps == 0:
-        return FinetuneResult(0, 0, 0.0, 0.0, ())
+        return UNTRAINED
     _refuse_unfit(model, settings, windows, teacher, shard)
     stream = windows if isinstance(windows, WindowStream) else stored(windows, settings.seed)
     run = {name: value for name, value in dataclasses.asdict(settings).items() if name not in INDEPENDENT}

@@ -16,7 +16,7 @@ from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.recipe import Finetune, Recipe
 from relufy.train.checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
-from relufy.train.finetune import FinetuneResult, finetune
+from relufy.train.finetune import UNTRAINED, FinetuneResult, finetune
 from relufy.train.processes import is_main, join_processes, wait_for_all
 from relufy.train.stream import WindowStream
 
@@ -84,15 +84,31 @@ def _run_stage(
     model: PreTrainedModel, stage: Recipe, run: Run, target: Path, origin: dict[str, Any], is_last: bool
 ) -> FinetuneResult:
     """Run one stage and save it to `target` with its provenance."""
-    windows = run.text_of(stage.finetune)
+    trains = stage.finetune.steps > 0
+    looks_at_text = stage.sparsify is not None and stage.sparsify.needs_text
+    windows = run.text_of(stage.finetune) if trains or looks_at_text else None
     if stage.sparsify is not None:
-        sparsify(model, stage, _calibration(windows, stage), run.progress, on_note=run.on_note)
+        calibration = None if windows is None else _calibration(windows, stage)
+        sparsify(model, stage, calibration, run.progress, on_note=run.on_note)
 
+    done = _train(model, stage, run, target, windows) if trains and windows is not None else UNTRAINED
+    if is_last and run.dtype is not None:  # what follows is trained in the model's own
+        model = model.to(run.dtype)  # type: ignore[arg-type]
+    if is_main():
+        save_checkpoint(model, run.tokenizer, target, provenance=origin, weights=done.weights)
+        remove_checkpoints(target)
+    wait_for_all()
+    return done
+
+
+def _train(
+    model: PreTrainedModel, stage: Recipe, run: Run, target: Path, windows: "np.ndarray | WindowStream"
+) -> FinetuneResult:
     def on_log(log: dict[str, Any]) -> None:
         if run.on_log is not None:
             run.on_log(stage, log)
 
-    done = finetune(
+    return finetune(
         model,
         stage.finetune,
         windows,
@@ -104,13 +120,6 @@ def _run_stage(
         log_folder=run.log_folder and run.log_folder / stage.name,
         tensorboard=run.tensorboard,
     )
-    if is_last and run.dtype is not None:  # what follows is trained in the model's own
-        model = model.to(run.dtype)  # type: ignore[arg-type]
-    if is_main():
-        save_checkpoint(model, run.tokenizer, target, provenance=origin, weights=done.weights)
-        remove_checkpoints(target)
-    wait_for_all()
-    return done
 
 
 def _calibration(windows: "np.ndarray | WindowStream", stage: Recipe) -> np.ndarray:
