@@ -107,6 +107,11 @@ class SpeculationStats:
     def kv_bytes_per_token(self) -> float:
         return (self.draft_kv_bytes + self.verify_kv_bytes) / max(1, self.chosen)
 
+    def summary(self) -> str:
+        """Return the acceptance and the tokens of a round, in a few words."""
+        accepted = f"{self.acceptance:.0%} of {self.tested} drafted tokens accepted"
+        return f"{accepted}, {self.tokens_per_round:.2f} tokens a step"
+
     def document(self) -> dict[str, Any]:
         """Return it as plain data, with what follows from it."""
         derived = ("tested", "acceptance", "acceptance_by_place", "tokens_per_round")
