@@ -167,6 +167,15 @@ nb::dict relufy::bindings::as_dict(const Stats& s) {
   }
   result["used"] = used;
   result["used_together"] = together;
+  result["limited"] = s.limited;
+  std::vector<uint64_t> candidates, read;
+  for (const Use& use : s.candidates) {
+    candidates.push_back(use.by_token);
+    read.push_back(use.together);
+  }
+  result["candidates"] = candidates;
+  result["candidates_together"] = read;
+  result["fired"] = s.fired;
   return result;
 }
 
@@ -186,8 +195,13 @@ NB_MODULE(_cpu, m) {
           },
           "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a,
           "threads_of"_a.none())
-      .def("new_sequence", &relufy::Engine::new_sequence, "prompt_length"_a, Released())
-      .def("fork", &relufy::Engine::fork, "sequence"_a, Released())
+      .def(
+          "new_sequence", [](relufy::Engine& e, size_t prompt) { return e.new_sequence(prompt); },
+          "prompt_length"_a, Released())
+      .def(
+          "fork", [](relufy::Engine& e, relufy::SequenceId parent) { return e.fork(parent); }, "sequence"_a,
+          Released())
+      .def("refuses_candidates", &relufy::Engine::refuses_candidates)
       .def("truncate", &relufy::Engine::truncate, "sequence"_a, "length"_a, Released())
       .def("free", &relufy::Engine::free, "sequence"_a, Released())
       .def("length", &relufy::Engine::length, "sequence"_a, Released())

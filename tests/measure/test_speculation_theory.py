@@ -5,7 +5,7 @@ import random
 import pytest
 
 import relufy
-from relufy.measure.speculation import (
+from relufy.measure.speculation_theory import (
     Costs,
     best_gamma,
     interpolated,
