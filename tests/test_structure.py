@@ -17,6 +17,7 @@ BASE = {
     "method",
     "activation_sparsity",
     "schema",
+    "document",
     "text",
     "text_sample",
     "files",

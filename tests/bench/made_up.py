@@ -38,6 +38,8 @@ SPEED_KEYS = {
     "dense_speedup_vs_llama_cpp",
 }
 DOCUMENT_KEYS = {
+    "kind",
+    "version",
     "benchmark",
     "label",
     "options",

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from relufy.bench.lock import bench_lock
-from relufy.bench.machine import BusyWatch, machine_facts, versions
+from relufy.bench.machine import PACKAGES, BusyWatch, machine_facts
 from relufy.bench.probe import measurement
+from relufy.document import heading
 from relufy.engine.cpu import own_isa, usable_cores
 from relufy.engine.crossover import DTYPES, KERNELS, TOKENS, Crossover, load_crossover, save_crossover
 
@@ -39,12 +40,12 @@ def bench_crossover(
             busy = watch.stop()
         save_crossover(found, count, own_isa())
     return {
+        **heading("relufy.bench", packages=PACKAGES),
         "benchmark": "crossover",
         "threads": count,
         "is_new": is_new,
         "crossover": {k: {d: _by_name(shares) for d, shares in rows.items()} for k, rows in found.items()},
         "machine": machine_facts() | {"isa": own_isa()} | busy,
-        "versions": versions(),
     }
 
 

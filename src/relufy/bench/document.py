@@ -1,16 +1,15 @@
 """What every benchmark of a model says beside its figures: what was asked, where, of which files."""
 
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from relufy.bench.machine import machine_facts, versions
+from relufy.bench.machine import PACKAGES, machine_facts
 from relufy.bench.models import BenchFiles
 from relufy.bench.options import BenchOptions
 from relufy.bench.result import DENSE, LLAMA_CPP, SPARSE, memory_figures
 from relufy.bench.turns import KV_DTYPE, Rows
+from relufy.document import heading
 from relufy.engine.packed_file import read_header
 
 
@@ -30,6 +29,7 @@ def document(
     asked = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()}
     own, header = facts[SPARSE], read_header(files.sparse)
     return {
+        **heading("relufy.bench", packages=PACKAGES),
         "benchmark": benchmark,
         "label": options.label,
         "options": asked | {"threads": own["threads"], "kv_dtype": KV_DTYPE},
@@ -38,8 +38,6 @@ def document(
         "huge_page_share": own["huge_page_share"],
         "file_bytes_by_contender": _file_bytes(files),
         "machine": machine_facts() | {"isa": own["isa"]} | dict(busy),
-        "versions": versions(),
-        "command": shlex.join(["relufy", *sys.argv[1:]]),
         "facts": facts,
         "turns": turns,
     }

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from relufy.bench.lock import bench_lock
-from relufy.bench.machine import BusyWatch, machine_facts, versions
+from relufy.bench.machine import PACKAGES, BusyWatch, machine_facts
 from relufy.bench.probe import measurement, read_bandwidth
 from relufy.bench.shapes import find_shape
+from relufy.document import heading
 from relufy.engine.cpu import usable_cores
 from relufy.errors import UserError
 
@@ -54,6 +55,7 @@ def bench_kernels(
         busy = watch.stop()
     machine = statistics.median(probes)
     return {
+        **heading("relufy.bench", packages=PACKAGES),
         "benchmark": "kernels",
         "shape": shape.name,
         "threads": threads,
@@ -61,7 +63,6 @@ def bench_kernels(
         "kernels": [_row(case, samples[case], machine) for case in cases],
         "probe_samples": probes,
         "machine": machine_facts() | busy,
-        "versions": versions(),
     }
 
 

@@ -1,10 +1,9 @@
-"""What a figure depends on: the machine, the versions, and who else was busy while it was measured."""
+"""What a figure depends on: the machine, and who else was busy while it was measured."""
 
 import os
 import platform
 import time
 from collections.abc import Collection
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from relufy.engine.cpu import usable_cores
 from relufy.engine.crossover import processor
 
 PACKAGES = ("relufy", "numpy", "llama-cpp-python", "gguf")
+"""Whose versions matter here."""
 BUSY_CORES = 0.1
 STOLEN_SHARE = 0.02
 """With more cores of others, or a larger share stolen by the hypervisor, the machine was busy."""
@@ -28,17 +28,6 @@ def machine_facts() -> dict[str, Any]:
         "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
         "system": platform.platform(terse=True),
     }
-
-
-def versions(packages: Collection[str] = PACKAGES) -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed and matter."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def available_bytes() -> int | None:

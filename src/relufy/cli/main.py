@@ -47,7 +47,6 @@ for command in (
     sparsify,
     finetune,
     pretrain,
-    measure,
     compare,
     info,
     pack,
@@ -56,6 +55,7 @@ for command in (
     chat,
 ):
     app.command(command.__name__.rpartition(".")[2])(command.command)
+app.add_typer(measure.app, name="measure")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 

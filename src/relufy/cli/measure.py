@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json, print_table, result
 from relufy.cli.quiet import quiet_libraries
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from relufy.measure.measure import Measurement
     from relufy.measure.quality import Perplexity
 
+app = typer.Typer(cls=DefaultCommand, invoke_without_command=True)
 
+
+@app.callback()
 def command(
     model: Model,
     text: Annotated[list[Path], typer.Option(help="A text file (UTF-8, or .gz); may be repeated.")],
@@ -81,3 +85,6 @@ def _costs(found: "DenseSparse | None", unit: float, name: str) -> list[str]:
     if found is None:
         return ["-", "-", "-"]
     return [f"{found.dense / unit:.2f} {name}", f"{found.sparse / unit:.2f} {name}", f"{found.ratio:.2f}x"]
+
+
+# Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.

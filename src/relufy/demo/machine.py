@@ -3,15 +3,14 @@
 import os
 import platform
 
-from relufy.bench.machine import processor, versions
-
-PACKAGES = ("relufy", "torch", "transformers", "numpy")
+from relufy.bench.machine import processor
+from relufy.document import versions
 
 
 def machine_facts() -> dict[str, str]:
     """Return processor, cores, system and the versions that matter, as words."""
     facts = {"processor": processor(), "cores": str(_num_cores()), "system": platform.platform(terse=True)}
-    return facts | versions(PACKAGES)
+    return facts | versions()
 
 
 def _num_cores() -> int:

@@ -129,6 +129,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Return plain data; what is no number is None."""
         document = {
+            "kind": "relufy.compare",
             "version": COMPARISON_VERSION,
             "model": self.model,
             "command": self.command,

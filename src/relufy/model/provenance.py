@@ -1,11 +1,14 @@
 """Where a checkpoint came from: the base model's name, a hash of its weights, and the versions used."""
 
 import hashlib
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from relufy import document
+
+DECISIVE = ("relufy", "torch", "transformers")
 
 
 def base_provenance(model: PreTrainedModel) -> dict[str, Any]:
@@ -19,14 +22,8 @@ def base_provenance(model: PreTrainedModel) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides a checkpoint's numbers."""
-    return {package: _version(package) for package in ("relufy", "torch", "transformers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+    found = document.versions(DECISIVE)
+    return {package: found.get(package, "unknown") for package in DECISIVE}
 
 
 def _model_name(folder: Path) -> str:
