@@ -142,7 +142,7 @@ def _begin(engine: CpuEngine, tokens: Tokens) -> tuple[int, Tokens]:
     return sequence, tokens[engine.reuse_prefix(sequence, tokens) :]
 
 
-def _score_branches(engine: CpuEngine, branches: Sequence[_Branch], sequences: Mapping[Tokens, int]) -> None:
+def _score_branches(engine: CpuEngine, branches: Sequence[_Branch], sequences: dict[Tokens, int]) -> None:
     """Score what follows the first tokens, for as many branches at once as there is room for."""
     most_rows = max(1, LOGITS_BYTES // (4 * engine.vocab_size))
     together: list[_Branch] = []
@@ -158,7 +158,7 @@ def _score_branches(engine: CpuEngine, branches: Sequence[_Branch], sequences: M
 
 
 def _score_together(
-    engine: CpuEngine, branches: Sequence[_Branch], sequences: Mapping[Tokens, int], most_rows: int
+    engine: CpuEngine, branches: Sequence[_Branch], sequences: dict[Tokens, int], most_rows: int
 ) -> None:
     forks: list[int] = []
     try:

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """A loaded model. `longest` is how many tokens it can read, `bos` the token that begins its texts."""
+    """A loaded model.
 
+    `longest` is how many tokens it can read, `bos` the token that begins its texts, `config` its config.json.
+    """
+
+    config: dict[str, Any]
     bos: int | None
     longest: int | None
 
@@ -27,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def harnessed(self) -> "LM":
-        """Return the model for lm-evaluation-harness, with a `truncation`."""
+        """Return the model for lm-evaluation-harness, with a `cuts`."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class EngineBackend:
         room = min(MAX_CONTEXT, (options.batch_size + 1) * (longest + 64))
         self._engine = Engine(path, threads=options.threads, context=room)
         self._batch_size = options.batch_size
+        self.config: dict[str, Any] = self._engine.header.metadata().get("config", {})
         self.longest: int | None = self._engine.context
         self.bos = self._engine.tokenizer.named_id("bos_token")
 
@@ -99,12 +104,14 @@ class HfBackend:
         if is_packed_file(Path(model)):
             raise UserError(f"{model} is a packed file, which only the engine runs: --backend engine")
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded: Any = load_model(model)
         try:
-            self._model: Any = load_model(model).to(torch.device(device))
+            self._model = loaded.to(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: {' '.join(str(error).split())[:200]}") from None
         self._tokenizer: Any = load_tokenizer(model)
         self._batch_size = options.batch_size
+        self.config: dict[str, Any] = self._model.config.to_dict()
         self.longest = context_length(self._model.config.get_text_config().to_dict())
         self.bos = self._tokenizer.bos_token_id
 

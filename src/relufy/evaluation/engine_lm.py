@@ -32,13 +32,13 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class EngineLM(TemplateLM):
-    """An opened engine for `lm_eval.evaluate`. `truncation` tells afterwards what was cut."""
+    """An opened engine for `lm_eval.evaluate`. `cuts` tells afterwards what was cut."""
 
     def __init__(self, engine: Engine, batch_size: int = 8):
         super().__init__()
         self.engine = engine
         self.batch_size = batch_size
-        self.truncation = Truncation(engine.context)
+        self.cuts = Truncation(engine.context)
 
     @property
     def eot_token_id(self) -> int:
@@ -75,7 +75,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(self.truncation.fitted(context, text), text) for _, context, text in requests]
+        pairs = [(self.cuts.fitted(context, text), text) for _, context, text in requests]
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
             scores = score_continuations(self.engine, pairs, self.batch_size, bar.update)
         return [(score.logprob, score.is_greedy) for score in scores]
@@ -118,7 +118,7 @@ class EngineLM(TemplateLM):
             raise UserError(
                 f"a task asks for {max_new_tokens} new tokens, and the model has {self.max_length} positions"
             )
-        prompt = self.truncation.prompt(self.tok_encode(context), max_new_tokens)
+        prompt = self.cuts.prompt(self.tok_encode(context), max_new_tokens)
         options = _choice(wanted, seed) | {"stop": [stop for stop in stops if stop]}
         tokenizer = self.engine.tokenizer
         request = make_request(prompt, max_new_tokens, options, tokenizer.eos_ids)

@@ -12,7 +12,7 @@ import numpy as np
 
 from relufy.errors import UserError
 from relufy.evaluation.chance import Chance, chance_of
-from relufy.evaluation.scores import Kind, Scores
+from relufy.evaluation.scores import Kind, Scores, pooled
 from relufy.schema import suggest
 
 if TYPE_CHECKING:
@@ -70,15 +70,17 @@ def run_tasks(
         notes = [note for task in loaded["tasks"].values() if (note := _set_fewshot(task, num_fewshot))]
         results = _evaluated(lm, loaded, limit)
     groups = {
-        name: tuple(task.task_name for task in group.get_all_tasks())
-        for name, group in loaded["groups"].items()
+        name: tuple(task.task_name for task in loaded["groups"][name].get_all_tasks())
+        for name in tasks
+        if name in loaded["groups"]
     }
-    found = [
-        scores
-        for name, task in loaded["tasks"].items()
-        for scores in _scores(name, task, results["samples"][name])
+    found = {
+        name: list(_scores(name, task, results["samples"][name])) for name, task in loaded["tasks"].items()
+    }
+    pools = [
+        scores for name, tasks in groups.items() for scores in pooled(name, [found[task] for task in tasks])
     ]
-    return found, groups, notes
+    return [*pools, *(scores for task in found.values() for scores in task)], groups, notes
 
 
 def _loaded(manager: "TaskManager", tasks: Sequence[str]) -> Any:

@@ -11,7 +11,7 @@ from relufy.evaluation.scores import Scores
 
 @dataclass(frozen=True)
 class Row:
-    """`p` is corrected for the number of tests (Holm), the test's own is not. None: there is no such thing."""
+    """`p` is corrected for the number of tests (Holm), the test's own is not. None: there is none."""
 
     name: str
     metric: str
@@ -37,28 +37,45 @@ class Row:
             return "one document says nothing"
         seen = self.p is not None and self.p < self.level
         if self.is_above_chance == (False, False):
-            return f"both at {self._chance()}: {self._change() if seen else 'says nothing'}"
+            return f"{self._neither()}: {self._change() if seen else 'says nothing'}"
+        if (share := self._same_extreme()) is not None:
+            return f"both at {share} %: says nothing"
         return self._with_chance(self._change() if seen else self._no_difference())
 
     def _verdict_alone(self) -> str:
         above = self.is_above_chance[1]
         if above is None:
             return ""
-        return f"above {self._chance()}" if above else f"at {self._chance()}: says nothing"
+        words = f"above {self._chance()}" if above else f"no better than {self._chance()}: says nothing"
+        return words if self._constant() is None else words.replace("above", "better than")
 
     def _with_chance(self, words: str) -> str:
         if self.is_above_chance == (True, False):
-            return f"{words}; now at {self._chance()}"
+            return f"{words}; now no better than {self._chance()}"
         if self.is_above_chance == (False, True):
-            return f"{words}; before at {self._chance()}"
+            return f"{words}; before no better than {self._chance()}"
         return words
 
+    def _neither(self) -> str:
+        return f"both at {self._chance()}" if self._constant() is None else f"neither beats {self._chance()}"
+
     def _chance(self) -> str:
+        assert self.after.chance is not None
+        if (constant := self._constant()) is not None:
+            return f"one constant answer ({100 * constant:.1f} %)"
+        return f"chance ({100 * self.after.chance.level:.1f} %)"
+
+    def _constant(self) -> float | None:
+        """Return what one constant answer gets where that is more than guessing."""
         chance = self.after.chance
-        assert chance is not None
-        if chance.constant is not None and chance.constant > chance.level:
-            return f"what one constant answer gets ({100 * chance.constant:.1f} %)"
-        return f"chance ({100 * chance.level:.1f} %)"
+        return chance.constant if chance and chance.constant and chance.constant > chance.level else None
+
+    def _same_extreme(self) -> int | None:
+        """Return 0 or 100 if both models get no document right, or all."""
+        if self.before is None or not (self.before.is_binary and self.after.is_binary):
+            return None
+        values = {self.before.value, self.after.value}
+        return next((int(100 * end) for end in (0.0, 1.0) if values == {end}), None)
 
     def _change(self) -> str:
         assert self.test is not None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -87,11 +87,6 @@ class Scores:
         return (self.value + slope * (nats - rate * units) / units.mean()).tolist()
 
 
-def share(items: Sequence[float]) -> float:
-    """Return the mean."""
-    return math.fsum(items) / len(items)
-
-
 def per_unit(items: Sequence[tuple[float, float]]) -> float:
     """Return the loss in nats for each unit, of (log-likelihood, units) pairs."""
     return -math.fsum(nats for nats, _ in items) / math.fsum(units for _, units in items)
@@ -103,3 +98,25 @@ def perplexity_per_unit(items: Sequence[tuple[float, float]]) -> float:
 
 def bits_per_unit(items: Sequence[tuple[float, float]]) -> float:
     return per_unit(items) / math.log(2)
+
+
+def pooled(name: str, tasks: Sequence[Sequence[Scores]]) -> list[Scores]:
+    """Return a group's scores, all documents of its tasks together, for each metric that all of them have."""
+    found = []
+    for first in tasks[0]:
+        parts = [scores for task in tasks for scores in task if scores.metric == first.metric]
+        if len(parts) == len(tasks) and all(part.kind == first.kind for part in parts):
+            found.append(_pool(name, parts))
+    return found
+
+
+def _pool(name: str, parts: Sequence[Scores]) -> Scores:
+    chances = [part.chance for part in parts if part.chance is not None]
+    together = tuple(p for chance in chances for p in chance.probabilities)
+    return replace(
+        parts[0],
+        name=name,
+        items=tuple(item for part in parts for item in part.items),
+        documents=tuple(f"{part.name}:{document}" for part in parts for document in part.documents),
+        chance=Chance(together) if len(chances) == len(parts) else None,
+    )

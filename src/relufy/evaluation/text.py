@@ -5,9 +5,9 @@ opens with that token or, without one, with the last token of the window before.
 text that the predicted tokens cover; words are what whitespace separates, counted where they begin.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import numpy as np
 
@@ -20,18 +20,17 @@ Encode = Callable[[str], tuple[Sequence[int], Sequence[int]]]
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens to read, and the bytes and words of all but the first, which are predicted."""
+    """Tokens to read, and how many tokens, bytes and words are predicted: all but the first one's."""
 
     tokens: tuple[int, ...]
+    num_predicted: int
     bytes: int
     words: int
+    fingerprint: str = ""
 
-    @property
-    def num_predicted(self) -> int:
-        return len(self.tokens) - 1
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
+    def without_tokens(self) -> "Window":
+        """Return what is kept of a window that has been read: a fingerprint instead of the tokens."""
+        return replace(self, tokens=(), fingerprint=sha256(repr(self.tokens).encode()).hexdigest()[:16])
 
 
 def text_windows(pieces: Iterable[str], encode: Encode, length: int, bos: int | None) -> Iterator[Window]:
@@ -58,7 +57,7 @@ def text_windows(pieces: Iterable[str], encode: Encode, length: int, bos: int | 
 
 
 def _window(head: int, tokens: Sequence[int], units: np.ndarray) -> Window:
-    return Window((head, *tokens), int(units[:, 0].sum()), int(units[:, 1].sum()))
+    return Window((head, *tokens), len(tokens), int(units[:, 0].sum()), int(units[:, 1].sum()))
 
 
 def _units(piece: str, ends: Sequence[int], before: str) -> np.ndarray:
@@ -80,7 +79,7 @@ def _units(piece: str, ends: Sequence[int], before: str) -> np.ndarray:
 
 def text_scores(windows: Sequence[Window], logprobs: Sequence[float]) -> list[Scores]:
     """Return perplexity per token, per byte and per word, and bits per byte, from each window's total."""
-    documents = tuple(window.fingerprint() for window in windows)
+    documents = tuple(window.fingerprint for window in windows)
     units = {
         "perplexity per token": [window.num_predicted for window in windows],
         "perplexity per byte": [window.bytes for window in windows],
