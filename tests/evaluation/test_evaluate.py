@@ -126,13 +126,13 @@ def test_refusals(bundled, task_folder, arguments: dict, said: str) -> None:
 def test_an_unknown_task_is_refused_and_a_like_one_named(bundled, task_folder, monkeypatch) -> None:
     from lm_eval import tasks
 
-    manager = tasks.TaskManager  # without the harness's own tasks, whose index takes ten seconds
-    monkeypatch.setattr(
-        tasks,
-        "TaskManager",
-        lambda include_path, **_: manager(include_path=include_path, include_defaults=False),
-    )
-    with pytest.raises(UserError, match="there is no task 'tiny_ending'.*tiny_endings"):
+    manager = tasks.TaskManager
+
+    def without_own_tasks(include_path: Any, include_defaults: bool = True) -> Any:
+        return manager(include_path=include_path, include_defaults=False)  # indexing them takes ten seconds
+
+    monkeypatch.setattr(tasks, "TaskManager", without_own_tasks)
+    with pytest.raises(UserError, match=r"there is no task 'tiny_ending'.*tiny_endings"):
         relufy.evaluate(bundled, tasks="tiny_ending", options=options(task_folder))
 
 

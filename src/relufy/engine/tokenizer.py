@@ -60,6 +60,10 @@ class ModelTokenizer:
         """Return the id of the special token that tokenizer_config.json names so ("bos_token"), or None."""
         return self._tokenizer.token_to_id(_content(self._named.get(name)))
 
+    def vocabulary(self) -> dict[int, str]:
+        """Return every token as the vocabulary writes it, by its id."""
+        return {token: text for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of the special tokens by Hugging Face's names, of those that the model has."""
         found = {name: _content(self._named.get(name)) for name in SPECIAL_TOKENS}
