@@ -41,6 +41,8 @@ SURFACE = {
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
+    "predictor": "model -o --output --text --test --rank --kind --recall --weighted --window --max-windows"
+    " --rounds --learning-rate --seed --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"
     " --tensorboard --shard --dtype --json",

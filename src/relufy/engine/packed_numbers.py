@@ -37,6 +37,9 @@ def numbers(spec: DecoderSpec) -> dict[str, float]:
         "attention_softcap": spec.attention_softcap or 0.0,
         "final_softcap": spec.final_softcap or 0.0,
         "num_ropes": len(spec.ropes),
+        "predictor_dense_first": max(
+            (s.predictor.dense_first_tokens for s in spec.layers if s.predictor), default=0
+        ),
     }
     for index, rope in enumerate(spec.ropes):
         found |= {f"ropes.{index}.dim": rope.rotary_dim, f"ropes.{index}.scale": rope.scale}
