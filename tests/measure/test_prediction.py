@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from relufy.measure.prediction.calibrate import measure_curves, measure_predictors
-from relufy.measure.prediction.curve import MarginCurve
+from relufy.measure.prediction.curve import LEAST_OFFSET, MarginCurve
 from relufy.measure.prediction.svd import gate_of, measure_moments, plain_svd_scorer, svd_scorer
 from relufy.measure.prediction.training import Training, train_scorers
 from relufy.model.checkpoint import load_model
@@ -87,7 +87,7 @@ def test_bins_are_ordered_and_cut_below_their_values():
         offset = curve.offset_for(recall)
         assert least - 0.03 * abs(least) - 1e-9 <= offset <= least
     assert curve.at(7.0).precision == 1.0 and curve.at(-1.0).density == pytest.approx(5 / 6)
-    assert MarginCurve().offset_for(0.9) == -np.inf
+    assert MarginCurve().offset_for(0.9) == LEAST_OFFSET
 
 
 def test_training_needs_fewer_candidates_and_is_seeded(model):

@@ -97,7 +97,7 @@ def test_a_changed_gate_is_refused(make_checkpoint, tmp_path):
     save_checkpoint(model, None, tmp_path / "saved")
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight.mul_(1.5)
-    with pytest.raises(UserError, match="layers.1.mlp.gate_proj.weight has changed.*relufy predictor"):
+    with pytest.raises(UserError, match=r"layers.1.mlp.gate_proj.weight has changed.*relufy predictor"):
         save_checkpoint(model, None, tmp_path / "changed")
 
 

@@ -87,7 +87,7 @@ def pack(
     blobs[METADATA] = json.dumps(_metadata(folder, config, adapters) | {"dtype": dtype, "for": for_}).encode()
     steps = list(packer.steps())
     num_tensors = len(blobs) + sum(step.num_tensors for step in steps)
-    with PackedFileWriter(Path(output), numbers(packer.spec), num_tensors) as writer:
+    with PackedFileWriter(Path(output), numbers(packer.spec, for_ == "predictor"), num_tensors) as writer:
         for name, content in blobs.items():
             writer.add_blob(name, content)
         for done, step in enumerate(steps, 1):
