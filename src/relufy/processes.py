@@ -1,4 +1,4 @@
-"""What a training process must know of the others: torchrun or accelerate started them, torch joins them."""
+"""What a process must know of the others: torchrun or accelerate started them, torch joins them."""
 
 import os
 from collections.abc import Callable
