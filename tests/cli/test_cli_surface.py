@@ -35,7 +35,8 @@ SURFACE = {
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
-    "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure": "model --text --dense --window --max-windows --batch-size --shift --target --device"
+    " --precision --by-layer -o --output --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"

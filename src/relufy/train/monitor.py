@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relufy.model.configuration import sparsity_of
+from relufy.model.configuration import sparse_sites
 from relufy.model.counting import count_columns, count_rows, in_whole_runs
 from relufy.model.observe import observe_sites
 from relufy.model.structure import find_blocks
@@ -146,11 +146,3 @@ class NeuronCounts:
             report["union_density"] = united[0] / (self._chunks * processes * len(seen))
         self._active, self._united, self._positions, self._chunks = 0, 0, 0, 0
         return report
-
-
-def sparse_sites(model: nn.Module) -> list[str]:
-    """Return the sites with a sparsifier in some layer; a dReLU also makes zeros of its own before down."""
-    sparsifiers = sparsity_of(model).sparsifiers
-    found = {site for sparsifier in sparsifiers for site in sparsifier.sites}
-    found |= {"down"} if any(sparsifier.function == "drelu" for sparsifier in sparsifiers) else set()
-    return [site for site in ("q", "k", "v", "o", "gate", "up", "neuron", "down") if site in found]
