@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
-    "Difference": "relufy.measure.quality",
+    "Difference": "relufy.measure.statistics",
     "Fidelity": "relufy.measure.quality",
     "Perplexity": "relufy.measure.quality",
     "Measurement": "relufy.measure.measurement",
