@@ -20,6 +20,8 @@ SURFACE = {
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
     " --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
+    "bench measure": "--model --shape --stage --windows --window --batch-size --device --turns -o --output"
+    " --json",
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
     " --tokens --no-mmap --load -o --output --plot --json",

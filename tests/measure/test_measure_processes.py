@@ -14,8 +14,6 @@ from relufy.measure.measurement import Measurement
 from relufy.processes import is_main, join_processes, leave_processes
 from together import run_together
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-
 CASES = {"many": 150, "uneven": 9, "fewer than processes": 3}
 """How many windows, in batches of four: more than unions keep; not the same for both; none for one."""
 
