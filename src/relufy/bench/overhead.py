@@ -75,7 +75,7 @@ def _model(options: OverheadOptions) -> "PreTrainedModel":
 
     model = load_model(options.model) if options.shape is None else _random_model(options.shape)
     if options.stage:
-        sparsify(model, Relufication(stage=options.stage))
+        sparsify(model, Relufication(stage=2 if options.stage == 2 else 1))
     return model.to(options.device).eval()  # type: ignore[arg-type]
 
 
