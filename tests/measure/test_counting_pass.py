@@ -97,6 +97,19 @@ def test_batch_unions_grow_with_the_group_and_are_above_one_token() -> None:
         assert all(less < more for less, more in pairwise(densities))
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_is_measured(name: str) -> None:
+    model, windows = families.family(name), ragged(4, 7)
+    found = counted(model, windows)
+    assert found.tokens == sum(map(len, windows))
+    is_sparse = name in families.NATIVELY_SPARSE
+    assert all((share > 0.1) == is_sparse for share in found.sites["neuron"].mean)
+    assert (found.zeros.model_level_p5 > 0) == is_sparse
+    for layer, block in zip(found.preactivations.layers, find_blocks(model), strict=True):
+        assert sum(layer.counts) == found.tokens * block.down.shape[1]
+    assert min(found.hidden.first_token + found.hidden.rest + found.hidden.median) > 0
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_peaks_by_place(name: str) -> None:
     model, windows = relufied(name), ragged(5, 9)
