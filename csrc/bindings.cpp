@@ -11,6 +11,7 @@
 
 #include "bandwidth.h"
 #include "engine.h"
+#include "reuse.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -111,6 +112,39 @@ void make_sampling(relufy::Sampling* self, double temperature, size_t top_k, dou
                        frequency_penalty, logit_bias, seed};
 }
 
+void make_reuse(relufy::ReuseSettings* self, const std::string& policy, size_t period, size_t window,
+                double share, bool resets, double most_missed, bool is_control) {
+  using Policy = relufy::ReuseSettings::Policy;
+  const std::pair<const char*, Policy> names[] = {{"window", Policy::window},
+                                                  {"prompt", Policy::prompt},
+                                                  {"blocks", Policy::blocks},
+                                                  {"adaptive", Policy::adaptive}};
+  for (auto [known, value] : names)
+    if (policy == known) {
+      new (self) relufy::ReuseSettings{value, period, window, share, resets, most_missed, is_control};
+      return;
+    }
+  throw std::invalid_argument("there is no reuse policy '" + policy + "'");
+}
+
+relufy::SequenceId new_sequence(relufy::Engine& engine, size_t prompt_length,
+                                const std::optional<relufy::ReuseSettings>& reuse) {
+  if (!reuse) return engine.new_sequence(prompt_length);
+  relufy::Reuse::Shape shape{engine.decoder().num_layers, engine.decoder().intermediate_size};
+  return engine.new_sequence(prompt_length, std::make_unique<relufy::Reuse>(shape, *reuse, prompt_length));
+}
+
+relufy::SequenceId fork(relufy::Engine& engine, relufy::SequenceId parent,
+                        const std::optional<relufy::ReuseSettings>& reuse) {
+  if (!reuse) return engine.fork(parent);
+  return engine.fork(parent, [&](const relufy::ActiveSetPolicy* own, size_t length) {
+    auto kept = dynamic_cast<const relufy::Reuse*>(own);
+    if (!kept)
+      throw std::invalid_argument("only a sequence with reuse can be forked to other settings of it");
+    return kept->with(*reuse, length);
+  });
+}
+
 // (token, logprob, top), as relufy.engine.sampling.Chosen has them.
 nb::tuple as_tuple(const relufy::Choice& choice) {
   nb::list top;
@@ -201,6 +235,9 @@ NB_MODULE(_cpu, m) {
   nb::class_<relufy::Sampling>(m, "Sampling")
       .def("__init__", &make_sampling, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
            "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a, "seed"_a);
+  nb::class_<relufy::ReuseSettings>(m, "Reuse")
+      .def("__init__", &make_reuse, "policy"_a, "period"_a, "window"_a, "share"_a, "resets"_a,
+           "most_missed"_a, "is_control"_a);
   nb::class_<relufy::Engine>(m, "Engine")
       .def(
           "__init__",
@@ -209,12 +246,8 @@ NB_MODULE(_cpu, m) {
             new (self) relufy::Engine(path, parse_options(threads, context, skip, kv_dtype, load, mlock));
           },
           "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a)
-      .def(
-          "new_sequence", [](relufy::Engine& e, size_t prompt) { return e.new_sequence(prompt); },
-          "prompt_length"_a, Released())
-      .def(
-          "fork", [](relufy::Engine& e, relufy::SequenceId parent) { return e.fork(parent); }, "sequence"_a,
-          Released())
+      .def("new_sequence", &new_sequence, "prompt_length"_a, "reuse"_a.none(), Released())
+      .def("fork", &fork, "sequence"_a, "reuse"_a.none(), Released())
       .def("refuses_candidates", &relufy::Engine::refuses_candidates)
       .def("truncate", &relufy::Engine::truncate, "sequence"_a, "length"_a, Released())
       .def("free", &relufy::Engine::free, "sequence"_a, Released())
