@@ -128,14 +128,14 @@ void make_reuse(relufy::ReuseSettings* self, const std::string& policy, size_t p
 }
 
 relufy::SequenceId new_sequence(relufy::Engine& engine, size_t prompt_length,
-                                const std::optional<relufy::ReuseSettings>& reuse) {
+                                const std::optional<relufy::ReuseSettings>& reuse, size_t num_open) {
   if (!reuse) return engine.new_sequence(prompt_length);
   relufy::Reuse::Shape shape{engine.decoder().num_layers, engine.decoder().intermediate_size};
-  return engine.new_sequence(prompt_length, std::make_unique<relufy::Reuse>(shape, *reuse, prompt_length));
+  return engine.new_sequence(prompt_length, std::make_unique<relufy::Reuse>(shape, *reuse, num_open));
 }
 
-relufy::SequenceId fork(relufy::Engine& engine, relufy::SequenceId parent,
-                        const std::optional<relufy::ReuseSettings>& reuse) {
+relufy::SequenceId fork_sequence(relufy::Engine& engine, relufy::SequenceId parent,
+                                 const std::optional<relufy::ReuseSettings>& reuse) {
   if (!reuse) return engine.fork(parent);
   return engine.fork(parent, [&](const relufy::ActiveSetPolicy* own, size_t length) {
     auto kept = dynamic_cast<const relufy::Reuse*>(own);
@@ -246,8 +246,8 @@ NB_MODULE(_cpu, m) {
             new (self) relufy::Engine(path, parse_options(threads, context, skip, kv_dtype, load, mlock));
           },
           "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a)
-      .def("new_sequence", &new_sequence, "prompt_length"_a, "reuse"_a.none(), Released())
-      .def("fork", &fork, "sequence"_a, "reuse"_a.none(), Released())
+      .def("new_sequence", &new_sequence, "prompt_length"_a, "reuse"_a.none(), "num_open"_a, Released())
+      .def("fork", &fork_sequence, "sequence"_a, "reuse"_a.none(), Released())
       .def("refuses_candidates", &relufy::Engine::refuses_candidates)
       .def("truncate", &relufy::Engine::truncate, "sequence"_a, "length"_a, Released())
       .def("free", &relufy::Engine::free, "sequence"_a, Released())

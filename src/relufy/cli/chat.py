@@ -19,6 +19,9 @@ from relufy.cli.options import (
     Policy,
     PresencePenalty,
     RepetitionPenalty,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
     Seed,
     Stop,
     Temperature,
@@ -26,6 +29,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_reuse,
 )
 from relufy.cli.output import note, note_ignored
 from relufy.errors import UserError
@@ -53,6 +57,9 @@ def command(
     stop: Stop = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
     threads: Threads = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -82,7 +89,14 @@ def command(
         "keep": keep,
     }
     engine = Engine(
-        model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
+        model,
+        threads=threads,
+        context=context,
+        kv_dtype=kv_dtype,
+        load=no_mmap,
+        dtype=dtype,
+        mlock=mlock,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
     )
     options: Any = engine.recommended_options() | {k: v for k, v in given.items() if v is not None}
     conversation = Conversation(engine, source, system, max_new_tokens, options)

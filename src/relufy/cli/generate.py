@@ -21,6 +21,9 @@ from relufy.cli.options import (
     Policy,
     PresencePenalty,
     RepetitionPenalty,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
     Seed,
     Stop,
     Temperature,
@@ -28,6 +31,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_reuse,
 )
 from relufy.cli.output import note, note_ignored, print_json
 from relufy.errors import UserError
@@ -56,6 +60,9 @@ def command(
     ] = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
     threads: Threads = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -86,7 +93,14 @@ def command(
         "keep": keep,
     }
     engine = Engine(
-        model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
+        model,
+        threads=threads,
+        context=context,
+        kv_dtype=kv_dtype,
+        load=no_mmap,
+        dtype=dtype,
+        mlock=mlock,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
     )
     generation = engine.generate(prompt, max_new_tokens, **options)
     if not quiet:
@@ -139,9 +153,10 @@ def stats_line(stats: "GenerationStats", engine: "Engine") -> str:
     forgotten = f"; {stats.dropped_tokens} tokens of the prompt did not fit" * (stats.dropped_tokens > 0)
     forgotten += f"; the context slid {stats.num_slides} times" * (stats.num_slides > 0)
     reused = f" ({stats.reused_tokens} of them still in the cache)" * (stats.reused_tokens > 0)
+    reuse = f"; {stats.reuse.summary()}" if stats.reuse else ""
     return (
         f"prompt {stats.prompt_tokens} tokens{reused} at {stats.prefill_tokens_per_second:.0f} tokens/s, "
         f"then {stats.new_tokens} at {stats.decode_tokens_per_second:.0f} tokens/s; "
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s, "
-        f"{engine.header.bits_per_weight():.2f} bits a weight{forgotten}"
+        f"{engine.header.bits_per_weight():.2f} bits a weight{reuse}{forgotten}"
     )

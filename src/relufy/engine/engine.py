@@ -1,14 +1,17 @@
 """`relufy.Engine`: open a packed model, or a checkpoint (packed on first use), and write text with it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
 
 from relufy.engine.cache import packed_model
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.generate import Generation
+from relufy.engine.pack import purpose_of
 from relufy.engine.packed_file import is_packed_file
-from relufy.engine.request import GenerationOptions, make_request
+from relufy.engine.request import GenerationOptions, Request, make_request
+from relufy.engine.reuse import Reuse, as_reuse
 from relufy.engine.tokenizer import ModelTokenizer
 from relufy.errors import UserError
 
@@ -24,8 +27,9 @@ class Engine(CpuEngine):
             print(piece, end="")
 
     `model` is a packed file, a checkpoint folder, "bundled" or a hub id; `dtype` is the type of the weights
-    that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). See CpuEngine for the other arguments and
-    the interface by tokens. Raises UserError if it can't be run.
+    that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). `reuse`, if generations are not told
+    otherwise, lets their tokens reuse neurons. See CpuEngine for the other arguments and the interface by
+    tokens. Raises UserError if it can't be run.
     """
 
     def __init__(
@@ -38,14 +42,18 @@ class Engine(CpuEngine):
         load: bool = False,
         dtype: str | None = None,
         mlock: bool = False,
+        reuse: Reuse | int | None = None,
     ):
         path = Path(model)
         if is_packed_file(path):
             if dtype is not None:
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
-            path = packed_model(model, dtype or "f32")
+            path = packed_model(model, dtype or "f32", for_=purpose_of(model, reuse is not None))
         super().__init__(path, threads, context, skip, kv_dtype, load, mlock)
+        self.reuse = None if reuse is None else as_reuse(reuse)
+        if self.reuse:
+            self.check_reuse()
         self._tokenizer: ModelTokenizer | None = None
         self._templates: dict[str | None, ChatTemplate] = {}
 
@@ -78,7 +86,7 @@ class Engine(CpuEngine):
         """
         ids = self.tokenizer.encode(prompt)
         request = make_request(ids, max_new_tokens, options, self.tokenizer.eos_ids)
-        return Generation(self, self.tokenizer, request)
+        return self._generation(request)
 
     def chat(
         self,
@@ -98,6 +106,12 @@ class Engine(CpuEngine):
         ids = self.chat_ids(messages, template)
         stops = (PLAIN_STOP,) if template == PLAIN else ()
         request = make_request(ids, max_new_tokens, options, self.tokenizer.turn_ends(), stops)
+        return self._generation(request)
+
+    def _generation(self, request: Request) -> Generation:
+        request = replace(request, reuse=request.reuse or self.reuse)
+        if request.reuse:
+            self.check_reuse()
         return Generation(self, self.tokenizer, request)
 
     def chat_ids(self, messages: Sequence["Message"], template: str | None = None) -> list[int]:
