@@ -104,7 +104,7 @@ def test_generations_reuse_and_say_so(make_checkpoint, tmp_path):
     first = engine.generate("Once upon", 30).run()
     assert engine.generate("Once upon", 30, reuse=Reuse(4, window=4)).run().token_ids == first.token_ids
     stats = first.stats.reuse
-    assert stats and (stats.open_tokens, stats.frozen_tokens) == (8, 21)  # the first token comes of the prompt
+    assert stats and (stats.open_tokens, stats.frozen_tokens) == (8, 21)  # the first is the prompt's
     assert 0 < stats.fired_share <= stats.candidate_share < 1
     assert "21 of 29 tokens frozen" in stats.summary()
     exact = engine.generate("Once upon", 30, reuse=1).run()

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relufy.cli.options import (
+    Adaptive,
     Context,
     Dtype,
     FrequencyPenalty,
+    Gamma,
     Json,
     Keep,
     KvDtype,
     LogitBias,
     MinP,
+    MinProbability,
     Mlock,
     ModelOrFile,
     NoMmap,
@@ -25,6 +28,7 @@ from relufy.cli.options import (
     ReusePolicyName,
     ReuseWindow,
     Seed,
+    Speculative,
     Stop,
     Temperature,
     Threads,
@@ -32,6 +36,7 @@ from relufy.cli.options import (
     TopP,
     parse_logit_bias,
     parse_reuse,
+    parse_speculation,
 )
 from relufy.cli.output import note, note_ignored, print_json
 from relufy.errors import UserError
@@ -63,6 +68,10 @@ def command(
     reuse: ReusePeriod = None,
     reuse_window: ReuseWindow = None,
     reuse_policy: ReusePolicyName = None,
+    speculative: Speculative = None,
+    gamma: Gamma = None,
+    min_probability: MinProbability = None,
+    adaptive: Adaptive = False,
     threads: Threads = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -91,6 +100,7 @@ def command(
         "logprobs": logprobs,
         "context_policy": context_policy,
         "keep": keep,
+        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
     }
     engine = Engine(
         model,
@@ -123,6 +133,8 @@ def generation_document(generation: "Generation", engine: "Engine") -> dict[str,
     stats = generation.stats
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second", "gb_per_second")
     figures = asdict(stats) | {name: getattr(stats, name) for name in rates}
+    if stats.speculation:
+        figures["speculation"] = stats.speculation.document()
     document = {"text": generation.text, "token_ids": list(generation.token_ids), "stats": figures}
     if generation.request.logprobs is not None:
         document["logprobs"] = [
@@ -154,9 +166,10 @@ def stats_line(stats: "GenerationStats", engine: "Engine") -> str:
     forgotten += f"; the context slid {stats.num_slides} times" * (stats.num_slides > 0)
     reused = f" ({stats.reused_tokens} of them still in the cache)" * (stats.reused_tokens > 0)
     reuse = f"; {stats.reuse.summary()}" if stats.reuse else ""
+    speculated = f"; {stats.speculation.summary()}" if stats.speculation else ""
     return (
         f"prompt {stats.prompt_tokens} tokens{reused} at {stats.prefill_tokens_per_second:.0f} tokens/s, "
         f"then {stats.new_tokens} at {stats.decode_tokens_per_second:.0f} tokens/s; "
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s, "
-        f"{engine.header.bits_per_weight():.2f} bits a weight{reuse}{forgotten}"
+        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{reuse}{forgotten}"
     )

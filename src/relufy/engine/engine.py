@@ -12,6 +12,8 @@ from relufy.engine.pack import purpose_of
 from relufy.engine.packed_file import is_packed_file
 from relufy.engine.request import GenerationOptions, Request, make_request
 from relufy.engine.reuse import Reuse, as_reuse
+from relufy.engine.speculation import Speculation
+from relufy.engine.speculator import Speculator
 from relufy.engine.tokenizer import ModelTokenizer
 from relufy.errors import UserError
 
@@ -42,6 +44,7 @@ class Engine(CpuEngine):
         load: bool = False,
         dtype: str | None = None,
         mlock: bool = False,
+        threads_of: CpuEngine | None = None,
         reuse: Reuse | int | None = None,
     ):
         path = Path(model)
@@ -50,10 +53,12 @@ class Engine(CpuEngine):
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
             path = packed_model(model, dtype or "f32", for_=purpose_of(model, reuse is not None))
-        super().__init__(path, threads, context, skip, kv_dtype, load, mlock)
+        super().__init__(path, threads, context, skip, kv_dtype, load, mlock, threads_of)
         self.reuse = None if reuse is None else as_reuse(reuse)
         if self.reuse:
             self.check_reuse()
+        self._dtype = dtype
+        self._drafts: dict[str, CpuEngine] = {}
         self._tokenizer: ModelTokenizer | None = None
         self._templates: dict[str | None, ChatTemplate] = {}
 
@@ -112,7 +117,28 @@ class Engine(CpuEngine):
         request = replace(request, reuse=request.reuse or self.reuse)
         if request.reuse:
             self.check_reuse()
-        return Generation(self, self.tokenizer, request)
+        return Generation(self, self.tokenizer, request, self.speculator(request.speculation))
+
+    def speculator(self, speculation: Speculation | None) -> Speculator | None:
+        """Return what decodes by a speculation. Its draft model is opened once and kept.
+
+        Raises UserError if that can't draft for this model.
+        """
+        if speculation is None:
+            return None
+        return Speculator(
+            self, speculation, None if speculation.is_lookup else self._draft(speculation.draft)
+        )
+
+    def _draft(self, draft: str | Path | CpuEngine) -> CpuEngine:
+        if isinstance(draft, CpuEngine):
+            return draft
+        if str(draft) not in self._drafts:
+            dtype = None if is_packed_file(Path(draft)) else self._dtype
+            self._drafts[str(draft)] = Engine(
+                draft, context=self.native.context, dtype=dtype, threads_of=self
+            )
+        return self._drafts[str(draft)]
 
     def chat_ids(self, messages: Sequence["Message"], template: str | None = None) -> list[int]:
         """Return the tokens that ask for an answer to the messages, as `chat` gives them to the model."""

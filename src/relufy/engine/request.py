@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 
 from relufy.engine.reuse import Reuse, as_reuse
 from relufy.engine.sampling import Sampling
+from relufy.engine.speculation import Speculation, as_speculation
 from relufy.errors import UserError
 from relufy.schema import suggest
 
@@ -30,9 +31,9 @@ class GenerationOptions(TypedDict, total=False):
     its logit), `seed`. Ending: `stop`, one text or several. Telling: `logprobs`, how many of the most likely
     tokens to name beside each chosen one. A full context: `context_policy` "refuse" ends the text there, and
     refuses a longer prompt; "sliding" forgets all but the first `keep` tokens and the newest half of the
-    others, computes those anew as a text of their own, and goes on. Speed: `reuse`, by a period or by all
-    its settings, lets most tokens compute only neurons that were active lately (docs/decoding.md), which is
-    not exact.
+    others, computes those anew as a text of their own, and goes on. Speed: `speculation`, who proposes tokens
+    that the model then verifies together (docs/decoding.md), and the text stays exact; `reuse`, by a period
+    or by all its settings, lets most tokens compute only neurons that were active lately, which is not exact.
     """
 
     temperature: float | None
@@ -49,6 +50,7 @@ class GenerationOptions(TypedDict, total=False):
     context_policy: ContextPolicy | None
     keep: int | None
     reuse: Reuse | int | None
+    speculation: Speculation | str | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Request:
     context_policy: ContextPolicy = "refuse"
     keep: int = 4  # attention sinks: Xiao et al. 2023, Efficient Streaming Language Models, section 3.2
     reuse: Reuse | None = None
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -104,6 +107,8 @@ def make_request(
     sampling = Sampling(**{name: given.pop(name) for name in _SAMPLING if name in given})
     if "reuse" in given:
         given["reuse"] = as_reuse(given["reuse"])
+    if "speculation" in given:
+        given["speculation"] = as_speculation(given["speculation"])
     stop = given.pop("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     return Request(tuple(prompt_ids), max_new_tokens, sampling, (*stops, *more_stops), ends=ends, **given)
