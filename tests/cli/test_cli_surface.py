@@ -43,7 +43,7 @@ SURFACE = {
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
     "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
-    " --warm-up --max-windows --dtype --threads --tokens --turns --control --no-control -o --output --plot"
+    " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
     " --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"

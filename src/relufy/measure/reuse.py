@@ -192,7 +192,11 @@ def _speeds(
     prompt, count = window[: options.warm_up].tolist(), options.tokens
     context = len(prompt) + count + SPARE_POSITIONS
     engine, other = (CpuEngine(file, options.threads, context) for file in (path, dense))
-    contenders = [(other, None), (engine, None), *((engine, reuse) for reuse in settings)]
+    contenders: list[tuple[CpuEngine, Reuse | None]] = [
+        (other, None),
+        (engine, None),
+        *((engine, reuse) for reuse in settings),
+    ]
     turns = []
     for turn in range(options.turns + 1):
         report("taking turns", turn, options.turns + 1)
