@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from relufy.cli import measure_reuse
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from relufy.measure.measurement import Measurement
 
 app = typer.Typer(cls=DefaultCommand, invoke_without_command=True)
-"""A subcommand is added here by app.command("NAME")(module.command)."""
 
 
 @app.callback()
@@ -95,3 +95,7 @@ def deliver(
         print_json(document)
     else:
         show(found, document, by_layer)
+
+
+# Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.
+app.command("reuse")(measure_reuse.command)
