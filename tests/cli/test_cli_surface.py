@@ -19,7 +19,8 @@ SURFACE = {
     " --against --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench crossover": "--threads --again -o --output --json",
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
-    " --turns --tokens --no-mmap --load -o --output --plot --json",
+    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --no-mmap"
+    " --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
@@ -41,6 +42,9 @@ SURFACE = {
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
+    " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
+    " --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"

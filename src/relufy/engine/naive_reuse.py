@@ -69,7 +69,7 @@ class NaiveReuse:
         else:
             end = 1 + max(i for i in range(token) if self.opens[i])
             found = active[max(0, end - reuse.window) : end].any(0)
-        return _random_set(layer, end, int(found.sum()), neurons) if reuse.is_control else found
+        return _random_set(layer, end, int(found.sum()), neurons) if reuse.is_control else np.asarray(found)
 
     def _sample(self, layer: int, token: int, neurons: int) -> np.ndarray:
         """Return which neurons a frozen token computes beside its set."""
