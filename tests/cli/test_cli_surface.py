@@ -7,7 +7,8 @@ from relufy.cli.main import app, run
 
 CHOICE = (
     "--temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty"
-    " --logit-bias --seed --stop --context-policy --keep --speculative --gamma --min-probability --adaptive"
+    " --logit-bias --seed --stop --context-policy --keep --reuse --reuse-window --reuse-policy"
+    " --speculative --gamma --min-probability --adaptive"
 )
 OPENING = "--threads --context --dtype --kv-dtype --mlock --no-mmap --load"
 
@@ -18,8 +19,11 @@ SURFACE = {
     " --against --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench crossover": "--threads --again -o --output --json",
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
-    " --turns --tokens --no-mmap --load -o --output --plot --json",
+    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --no-mmap"
+    " --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
+    "bench measure": "--model --shape --stage --windows --window --batch-size --device --turns -o --output"
+    " --json",
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
     " --tokens --no-mmap --load -o --output --plot --json",
@@ -39,7 +43,11 @@ SURFACE = {
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
-    "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure": "model --text --dense --window --max-windows --batch-size --shift --target --device"
+    " --precision --by-layer -o --output --json",
+    "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
+    " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
+    " --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "predictor": "model -o --output --text --test --rank --kind --recall --weighted --window --max-windows"
     " --rounds --learning-rate --seed --json",

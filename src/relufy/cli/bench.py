@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from relufy.cli.options import Json, NoMmap, Threads
+from relufy.cli.options import (
+    Json,
+    NoMmap,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
+    Threads,
+    parse_reuse,
+)
 from relufy.cli.output import note, print_json, print_table, result
 from relufy.cli.progress import ProgressDisplay
 from relufy.errors import UserError
@@ -51,6 +59,13 @@ def decode(
     against: Against = "llama.cpp",
     turns: Turns = 7,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written in a turn.")] = 32,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
+    window_union: Annotated[
+        float | None,
+        typer.Option("--window-union", help="Share of a shape's neurons that is ever active; default: all."),
+    ] = None,
     no_mmap: NoMmap = False,
     output: Output = None,
     plot: Plot = None,
@@ -72,6 +87,8 @@ def decode(
         turns=turns,
         tokens=tokens,
         load=no_mmap,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        window_union=window_union,
     )
     run(partial(bench_decode, options), output, plot, json)
 
@@ -222,6 +239,30 @@ def crossover(
     from relufy.bench.crossover import bench_crossover
 
     run(partial(bench_crossover, threads, again), output, None, json)
+
+
+@app.command("measure")
+def measure(
+    model: Annotated[
+        str, typer.Option("--model", help="A checkpoint folder, 'bundled', or a hub id.")
+    ] = "bundled",
+    shape: Shape = None,
+    stage: Annotated[
+        int, typer.Option(min=0, max=2, help="Relufy the model in memory to this stage; 0: leave it.")
+    ] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of random tokens in a turn.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows that run together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    turns: Turns = 5,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Time the default metrics of `relufy measure` beside plain forward passes."""
+    from relufy.bench.overhead import OverheadOptions, bench_overhead
+
+    options = OverheadOptions(model, shape, stage, windows, window, batch_size, turns, device)
+    run(partial(bench_overhead, options), output, None, json)
 
 
 @app.command("plot")

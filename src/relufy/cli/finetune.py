@@ -88,7 +88,7 @@ def command(
 
     from relufy.model.checkpoint import load_model, load_tokenizer
     from relufy.model.empty import refuse_without_sites
-    from relufy.train.processes import is_main, join_processes, leave_processes
+    from relufy.processes import is_main, join_processes, leave_processes
     from relufy.train.run import Run, run_recipe
 
     quiet_libraries()
@@ -144,15 +144,23 @@ def chosen_recipe(
 
 
 def with_target(recipe: "Recipe", target: float) -> "Recipe":
-    """Return the recipe with a penalty towards this share of zeros; a way to a target of its own is kept."""
+    """Return the recipe with a penalty towards this share of zeros; a way to a target of its own is kept.
+
+    A shift that is taken from a wanted share is taken from this one.
+    """
+    from relufy.method import Relufication
     from relufy.recipe import Penalty
 
     penalty = recipe.finetune.penalty
     if penalty is None or penalty.target is None:
         penalty = Penalty(**SPARSENING)
     aimed = replace(recipe.finetune, penalty=replace(penalty, target=target))
+    method = recipe.sparsify
+    if isinstance(method, Relufication) and method.sparsity is not None:
+        method = replace(method, sparsity=target)
     return replace(
         recipe,
+        sparsify=method,
         finetune=aimed if recipe.finetune.steps else recipe.finetune,
         then=recipe.then and with_target(recipe.then, target),
     )
@@ -178,8 +186,8 @@ def training_text(
     display: ProgressDisplay,
 ) -> "np.ndarray | WindowStream":
     """Return the text of the sources, with as many self-written windows as their share of the steps needs."""
+    from relufy.processes import made_once
     from relufy.train.data import open_windows, parse_source
-    from relufy.train.processes import made_once
     from relufy.train.selftext import write_windows
 
     others = [source for source in map(parse_source, data) if source.where != SELF]

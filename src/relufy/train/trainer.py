@@ -24,6 +24,13 @@ from transformers import (
 )
 
 from relufy.errors import UserError
+from relufy.processes import (
+    from_all,
+    is_main,
+    num_processes,
+    process_index,
+    sum_over_processes,
+)
 from relufy.recipe import Finetune
 from relufy.train.arguments import shard_teacher
 from relufy.train.checkpoints import finish_checkpoint
@@ -32,13 +39,6 @@ from relufy.train.losses import loss_terms
 from relufy.train.monitor import Monitor
 from relufy.train.optimizers import make_optimizer
 from relufy.train.penalty import NeuronPenalty, SparsityPenalty
-from relufy.train.processes import (
-    from_all,
-    is_main,
-    num_processes,
-    process_index,
-    sum_over_processes,
-)
 from relufy.train.stream import WindowStream
 
 OnLog = Callable[[dict[str, Any]], None]
@@ -132,6 +132,8 @@ class FinetuneTrainer(Trainer):
         """Return the mean loss of a part of a batch; the parts are equal, so the Trainer's mean is exact."""
         assert not return_outputs and num_items_in_batch is None
         is_seen = self.is_reported(self.state.global_step + 1)
+        if is_seen:  # hooks that come and go would be compiled anew each time
+            model = getattr(model, "_orig_mod", model)
         with self.monitor.watching() if is_seen else nullcontext():
             terms = loss_terms(self.settings, model, self.teacher, inputs["input_ids"])
         for name, penalty in self.penalties.items():
