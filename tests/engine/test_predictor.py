@@ -10,8 +10,10 @@ from relufy.activation_sparsity import Sparsifier
 from relufy.engine.naive import NaiveDecoder
 from relufy.engine.pack import pack
 from relufy.errors import UserError
+from relufy.method import Relufication
 from relufy.methods.predictor import PredictorOptions, add_predictor, split_text
-from relufy.model.checkpoint import load_model, save_checkpoint
+from relufy.methods.sparsify import sparsify
+from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from relufy.model.configuration import sparsity_of
 from relufy.model.predicting import predicting
 from relufy.model.predictor import predictable_layers
@@ -211,3 +213,35 @@ def test_bytes_are_those_of_candidates_and_predictor(make_predicted, tmp_path):
     neurons = sum(whole["used"]["neuron"]) - sum(predicted["used"]["neuron"])
     saved = 2 * 172 * row + neurons * 2 * (row + 4) - factors - gates
     assert whole["weight_bytes"] - predicted["weight_bytes"] == saved
+
+
+def test_generation_says_what_was_predicted(predicted_bundled):
+    """The prompt is exact, so its first choice is; the stats name the candidates of what follows."""
+    engine = relufy.Engine(predicted_bundled, predictor=True)
+    generation = engine.generate("It was a dark night", max_new_tokens=12).run()
+    stats = generation.stats.prediction
+    assert (stats.exact_tokens, stats.predicted_tokens) == (0, 11)
+    assert 0 < stats.fired_share < stats.candidate_share < 1
+    assert "not exact" in stats.summary()
+    exact = relufy.Engine(predicted_bundled).generate("It was a dark night", max_new_tokens=12).run()
+    assert exact.stats.prediction is None and exact.token_ids[0] == generation.token_ids[0]
+
+
+def test_refused_requests(predicted_bundled):
+    engine = relufy.Engine(predicted_bundled)
+    with pytest.raises(UserError, match="can't be predicted: it has no predictor"):
+        engine.generate("Once", predictor=True)
+    predicting_engine = relufy.Engine(predicted_bundled, predictor=True)
+    with pytest.raises(UserError, match="a predictor and speculation decide on the same neurons"):
+        predicting_engine.generate("Once", predictor=True, speculation="lookup")
+    with pytest.raises(UserError, match="a predictor and reuse"):
+        predicting_engine.generate("Once", reuse=4)
+
+
+@pytest.fixture(scope="module")
+def predicted_bundled(tmp_path_factory):
+    model = load_model("bundled")
+    sparsify(model, Relufication(stage=1))
+    text = np.random.default_rng(1).integers(2, model.config.vocab_size, (6, 32))
+    add_predictor(model, split_text(text), PredictorOptions(rank=16, recall=0.9))
+    return save_checkpoint(model, load_tokenizer("bundled"), tmp_path_factory.mktemp("bundled") / "model")

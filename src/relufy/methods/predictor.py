@@ -52,6 +52,8 @@ class PredictorOptions:
 
     def definition(self) -> Predictor:
         """Return what the checkpoint will say. Raises UserError for values that make no sense."""
+        if self.kind == "random":
+            raise UserError("a random predictor predicts nothing; choose svd, plain_svd or trained")
         return Predictor(self.kind, self.rank, self.recall, self.weighted)
 
 
