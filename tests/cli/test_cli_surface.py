@@ -19,8 +19,8 @@ SURFACE = {
     " --against --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench crossover": "--threads --again -o --output --json",
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
-    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --predictor --candidate-density --no-mmap"
-    " --load -o --output --plot --json",
+    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --predictor"
+    " --candidate-density --no-mmap --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
     "bench measure": "--model --shape --stage --windows --window --batch-size --device --turns -o --output"
     " --json",
