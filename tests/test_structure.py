@@ -29,11 +29,12 @@ BASE = {
     "plot_style",
 }
 WINGS_BELOW = {
-    "cli": {"demo", "serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
+    "cli": {"demo", "serve", "bench", "report", "doctor", "methods", "train", "measure", "engine", "model"},
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "serve": {"methods", "train", "measure", "engine", "model"},
     "bench": {"methods", "train", "measure", "engine", "model"},
     "report": {"methods", "train", "measure", "engine", "model"},
+    "doctor": {"methods", "measure", "engine", "model"},
     "methods": {"measure", "engine", "model"},
     "train": {"methods", "measure", "engine", "model"},
     "measure": {"engine", "model"},
@@ -42,7 +43,7 @@ WINGS_BELOW = {
 }
 """What each wing may import of the other wings, besides the base files."""
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib"}
-TORCH_SIDE = {"model", "methods", "train", "measure", "demo"}
+TORCH_SIDE = {"doctor", "model", "methods", "train", "measure", "demo"}
 HELP_SECONDS = 0.4
 
 

@@ -31,6 +31,7 @@ SURFACE = {
     " --calibration-tokens --set --no-controls --speed --threads --dtype --seed --allow-same-text -o --output"
     " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
+    "doctor": "model --text --control --quick --windows --window --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",

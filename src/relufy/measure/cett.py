@@ -7,7 +7,7 @@ over tokens is within the target; biases, a folded centre among them, belong to 
 a_i, so it says what would be possible, not what is fast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +96,27 @@ def cett_sparsity(
     return CettSparsity(target, sparsity, epsilon, error, layers[0].tokens)
 
 
+def cett_at(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    epsilons: Sequence[float],
+    mode: str = "all",
+    batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return CETT and the share of neurons below norms, the same for all layers: `[layers, norms]` each.
+
+    Means over the tokens of windows, int64 `[windows, length]`, which are run once.
+    """
+    scored = Scored(mode, windows.shape[1])
+    layers = [_Layer(block.down, CETT_TARGET) for block in find_blocks(model)]
+    for layer in layers:
+        layer.choose(epsilons)
+    with _watching(model, layers, scored, _Layer.try_all):
+        window_losses(model, windows, scored, batch_size)
+    errors, shares = zip(*(layer.means() for layer in layers), strict=True)
+    return np.stack(errors), np.stack(shares)
+
+
 class _Layer:
     """One layer's search: epsilon lies between `low`, whose error is within the target, and `high`."""
 
@@ -116,6 +137,13 @@ class _Layer:
 
     def settle(self) -> None:
         self._try([self.low])
+
+    def choose(self, epsilons: Sequence[float]) -> None:
+        self._try(list(epsilons))
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the errors and the shares at what was tried."""
+        return self._error.numpy() / self.tokens, self._share.numpy() / self.tokens
 
     def try_all(self, activations: torch.Tensor) -> None:
         self.tokens += len(activations)
