@@ -66,6 +66,8 @@ def show(found: "Diagnosis") -> None:
     print_table("What to expect on this model", columns, [_row(row) for row in found.expectations])
     for row in found.expectations:
         result(f"{row.method}: {row.source}")
+    for line in found.notes:
+        result(f"note: {line}")
     result("")
     result("Next:")
     for line in found.next_steps:

@@ -1,4 +1,4 @@
-"""`relufy doctor`: seven checks of a model (after arXiv 2405.09274), what methods may give it, what is next."""
+"""`relufy doctor`: seven checks of a model (after arXiv 2405.09274), what methods may give, what is next."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +64,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     expectations: tuple[Expectation, ...]
     next_steps: tuple[str, ...]
+    notes: tuple[str, ...]
     seconds: float
     settings: dict[str, Any]
 
@@ -74,7 +75,6 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         """Return the document; what is no number is None."""
         own = {name: value for name, value in vars(self).items() if name not in ("findings", "expectations")}
-        own["next_steps"] = list(self.next_steps)
         found = [finding.to_json() for finding in self.findings]
         rows = [row.to_json() for row in self.expectations]
         document = {**own, "findings": found, "expectations": rows, "definitions": DEFINITIONS}
@@ -101,7 +101,7 @@ def diagnose(
     other = _admit_control(control, files, patient) if control is not None else None
     on_note(_forecast(patient, other is not None))
     found = _run_checks(patient, other)
-    rows = expectations(patient)
+    rows, notes = _expected(patient)
     return Diagnosis(
         model=str(model),
         architecture=patient.kind,
@@ -113,6 +113,7 @@ def diagnose(
         findings=tuple(found),
         expectations=tuple(rows),
         next_steps=next_steps(patient, found, rows),
+        notes=notes,
         seconds=time.monotonic() - started,
         settings=asdict(effort) | {"text": [str(file) for file in files]},
     )
@@ -121,7 +122,11 @@ def diagnose(
 def _forecast(patient: Patient, has_control: bool) -> str:
     """Return about how long the checks will take, from the time of the first pass over the test windows."""
     started = time.monotonic()
-    if not np.isfinite(patient.losses.per_window).all():
+    try:
+        losses = patient.losses.per_window
+    except UNFIT as error:
+        raise UserError(f"{patient.kind} does not run on plain windows: {_reason(error)}") from error
+    if not np.isfinite(losses).all():
         raise UserError("the model's losses are no numbers (NaN or infinite); check the checkpoint")
     seconds = time.monotonic() - started
     passes = PASSES + (2 + has_control) * len(patient.effort.levels)
@@ -155,8 +160,19 @@ def _guarded(name: str, title: str, patient: Patient, check: Callable[[], Findin
     except UserError as error:
         return Finding(name, title, "unchecked", f"Not checked: {error}.")
     except UNFIT as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Finding(name, title, "unchecked", f"Not checked on {patient.kind}: {reason}")
+        return Finding(name, title, "unchecked", f"Not checked on {patient.kind}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _expected(patient: Patient) -> tuple[list[Expectation], tuple[str, ...]]:
+    """Return the table of expectations, or why this architecture has none."""
+    try:
+        return expectations(patient), ()
+    except UNFIT as error:
+        return [], (f"what to expect cannot be told on {patient.kind}: {_reason(error)}",)
 
 
 def _generation(patient: Patient, _control: Patient | None, found: list[Finding]) -> Finding:

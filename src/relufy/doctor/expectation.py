@@ -1,4 +1,4 @@
-"""What a method may be expected to give this model: zeros, weights and bytes not read, and how that is known."""
+"""What a method may be expected to give this model: zeros, weights and bytes not read, and its source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -78,13 +78,11 @@ def _negative_inputs(patient: Patient) -> dict[str, tuple[float, ...]]:
     sketches = {(b.index, site): Sketch() for b in patient.blocks for site in ("q", "up")}
     probes = [Probe(layer, site, sketch.add) for (layer, site), sketch in sketches.items()]
     collect(_setting(patient), patient.fit, probes, "norms")
-    by = {
-        site: tuple(sketches[b.index, site].share_at_most(0.0) for b in patient.blocks)
-        for site in ("q", "up")
-    }
-    readers = dict.fromkeys(("q", "k", "v"), by["q"])
-    mlp = ("gate",) if patient.blocks[0].gate is not None else ("up",)
-    return readers | dict.fromkeys(mlp, by["up"])
+    attention, mlp = (
+        tuple(sketches[b.index, site].share_at_most(0.0) for b in patient.blocks) for site in ("q", "up")
+    )
+    first = "gate" if patient.blocks[0].gate is not None else "up"
+    return {"q": attention, "k": attention, "v": attention, first: mlp}
 
 
 def _training_free(patient: Patient) -> Iterator[Expectation]:

@@ -1,6 +1,7 @@
 """A linear predictor of which heads matter, from the input of attention: ridge regression in one pass.
 
-It is the cheapest of Deja Vu's family (arXiv 2310.17157: two linears without a non-linearity, trained); it reads the input of its own layer, so it has no look-ahead to pay for.
+It is the cheapest of Deja Vu's family (arXiv 2310.17157: two linears without a non-linearity, trained); it
+reads the input of its own layer, so it has no look-ahead to pay for.
 """
 
 from contextlib import ExitStack

@@ -72,13 +72,14 @@ def _verdict(universal: Sequence[float], own: CettSparsity, idle: Idle, dead: li
     words = [
         f"At an error of {own.target:g} (CETT) the layers could do without {percent(own.mean)} of their "
         f"neurons with an epsilon each ({percent(min(own.sparsity))} to {percent(max(own.sparsity))}); one "
-        f"epsilon for all gives {percent(universal[most])} in layer {most} and {percent(universal[least])} in "
-        f"layer {least}."
+        f"epsilon for all gives {percent(universal[most])} in layer {most} and {percent(universal[least])} "
+        f"in layer {least}."
     ]
     if dead:
         shares = ", ".join(percent(idle.dead[layer], 0) for layer in dead[:6])
+        verb = "are" if len(dead) > 1 else "is"
         words.append(
-            f"{listed(dead).capitalize()} are dead: {shares} of the neurons never fire on this text."
+            f"{listed(dead).capitalize()} {verb} dead: {shares} of the neurons never fire on this text."
         )
     if max(idle.idle) > 0.05 and not dead:
         layer = int(np.argmax(idle.idle))
