@@ -51,9 +51,12 @@ void Engine::allocate() {
     scratch.head = make_buffer<float>(padded(d.head_dim));
     scratch.list = make_buffer<uint32_t>(d.neurons_per_partition + 16);
     scratch.neurons = make_buffer<uint32_t>(d.neurons_per_partition + 16);
+    scratch.active = make_buffer<uint64_t>(set_words(d.intermediate_size));
     scratch.keys.reserve(2 * most);
     if (d.max_rank > 0) scratch.correction = make_buffer<float>(kFewTokens * most);
     for (auto& by_layer : scratch.used) by_layer.resize(d.num_layers);
+    scratch.candidates.resize(d.num_layers);
+    scratch.fired.resize(d.num_layers);
     scratch_.push_back(std::move(scratch));
   }
   make_room(kFewTokens);

@@ -51,7 +51,7 @@ std::vector<Choice> Engine::decode(SequenceId id, std::span<const int32_t> token
       work.tokens = {&token, 1};
     }
   } catch (...) {
-    kv_.truncate(id, before);
+    truncate_locked(id, before);
     throw;
   }
   return chosen;

@@ -159,6 +159,16 @@ Matrix whole_matrix(const PackedFile& file, const std::string& name, size_t outp
 
 }  // namespace
 
+// Neurons must be skippable at all, and each gate a row of its own, which is computed apart from the others.
+const char* Layer::refuses_candidates() const {
+  if (has_global_neurons()) return "which ones are active is decided among all of them";
+  if (first().is_columns() || first().rank > 0)
+    return "the gate is stored for inputs with zeros; pack the model for reuse";
+  if (is_gated ? !has_bundle : !has_partial_down())
+    return "no neurons are skipped; it takes a model whose neurons have zeros, packed for exact or reuse";
+  return nullptr;
+}
+
 Decoder::Decoder(const PackedFile& file) {
   vocab_size = file.whole("vocab_size", 1, kMostVocabulary);
   hidden_size = file.whole("hidden_size", 1, kMostWidth);

@@ -86,6 +86,7 @@ struct Layer {
 
   const Matrix& first() const { return is_gated ? gate : up; }  // whose outputs the activation reads
   bool has_global_neurons() const { return is_statistical || neuron.is_global(); }
+  const char* refuses_candidates() const;  // why a policy can't limit the neurons, or null if it can
   bool has_partial_down() const {
     return has_bundle || (down.is_columns() && down.rank == 0);
   }  // by partition

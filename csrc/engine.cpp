@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace relufy {
 namespace {
@@ -16,7 +17,7 @@ bool has_phases(const Decoder& decoder) {
 
 }  // namespace
 
-Engine::Engine(const std::string& path, Options options)
+Engine::Engine(const std::string& path, Options options, std::shared_ptr<ThreadPool> threads)
     : file_(path, options.memory, options.locks_memory),
       decoder_(file_),
       kernels_(kernels()),
@@ -24,34 +25,87 @@ Engine::Engine(const std::string& path, Options options)
       skip_(options.skip),
       kv_({decoder_.num_layers, decoder_.num_kv_heads, decoder_.head_dim}, context_, options.kv_dtype,
           has_phases(decoder_)),
-      pool_(std::max<size_t>(1, options.threads)),
+      shared_pool_(threads ? std::move(threads)
+                           : std::make_shared<ThreadPool>(std::max<size_t>(1, options.threads))),
+      pool_(*shared_pool_),
       sampler_(decoder_.vocab_size) {
   allocate();
 }
 
-SequenceId Engine::new_sequence(size_t prompt_length) {
+SequenceId Engine::new_sequence(size_t prompt_length, std::unique_ptr<ActiveSetPolicy> policy) {
   std::lock_guard lock(mutex_);
-  return kv_.create(prompt_length);
+  check_policy(policy.get());
+  SequenceId id = kv_.create(prompt_length);
+  if (policy) policies_[id] = std::move(policy);
+  return id;
 }
 
 SequenceId Engine::fork(SequenceId parent) {
   std::lock_guard lock(mutex_);
-  return kv_.fork(parent);
+  const ActiveSetPolicy* own = find_policy(parent);
+  std::unique_ptr<ActiveSetPolicy> policy = own ? own->fork() : nullptr;
+  SequenceId id = kv_.fork(parent);
+  if (policy) policies_[id] = std::move(policy);
+  return id;
+}
+
+SequenceId Engine::fork(SequenceId parent, std::unique_ptr<ActiveSetPolicy> policy) {
+  std::lock_guard lock(mutex_);
+  check_policy(policy.get());
+  SequenceId id = kv_.fork(parent);
+  if (policy) policies_[id] = std::move(policy);
+  return id;
 }
 
 void Engine::truncate(SequenceId id, size_t length) {
   std::lock_guard lock(mutex_);
+  ActiveSetPolicy* policy = find_policy(id);
+  if (policy && length < kv_.length(id)) policy->check_truncate(length);
+  truncate_locked(id, length);
+}
+
+void Engine::truncate_locked(SequenceId id, size_t length) {
   kv_.truncate(id, length);
+  if (ActiveSetPolicy* policy = find_policy(id)) policy->truncate(length);
 }
 
 void Engine::free(SequenceId id) {
   std::lock_guard lock(mutex_);
   kv_.release(id);
+  policies_.erase(id);
+}
+
+const ActiveSetPolicy* Engine::policy(SequenceId id) {
+  std::lock_guard lock(mutex_);
+  return find_policy(id);
+}
+
+ActiveSetPolicy* Engine::find_policy(SequenceId id) const {
+  auto found = policies_.find(id);
+  return found == policies_.end() ? nullptr : found->second.get();
+}
+
+void Engine::check_policy(const ActiveSetPolicy* policy) const {
+  std::string reason = policy ? refuses_candidates() : "";
+  if (!reason.empty()) throw std::invalid_argument("this file's neurons can't be limited: " + reason);
+}
+
+std::string Engine::refuses_candidates() const {
+  for (size_t i = 0; i < decoder_.num_layers; ++i) {
+    const char* reason = decoder_.layers[i].refuses_candidates();
+    if (reason) return std::string(reason) + " (layer " + std::to_string(i) + ")";
+  }
+  return "";
 }
 
 size_t Engine::length(SequenceId id) {
   std::lock_guard lock(mutex_);
   return kv_.length(id);
+}
+
+size_t Engine::prompt_length(SequenceId id) {
+  std::lock_guard lock(mutex_);
+  return kv_.prompt_length(id);
 }
 
 size_t Engine::free_positions() {
@@ -68,6 +122,8 @@ std::vector<int32_t> Engine::tokens(SequenceId id) {
 size_t Engine::reuse_prefix(SequenceId id, std::span<const int32_t> tokens) {
   std::lock_guard lock(mutex_);
   check(tokens);
+  const ActiveSetPolicy* policy = find_policy(id);
+  if (policy && policy->num_unseen() < tokens.size()) tokens = tokens.first(policy->num_unseen() + 1);
   size_t reused = kv_.reuse(id, tokens);
   stats_.reused += reused;
   return reused;
@@ -84,6 +140,11 @@ Stats Engine::stats() {
   for (const Scratch& scratch : scratch_) {
     total.weight_bytes += scratch.weight_bytes;
     total.kv_bytes += scratch.kv_bytes;
+    total.limited += scratch.limited;
+    for (size_t i = 0; i < decoder_.num_layers; ++i) {
+      total.candidates[i] += scratch.candidates[i];
+      total.fired[i] += scratch.fired[i];
+    }
     for (size_t site = 0; site < kNumSites; ++site)
       for (size_t i = 0; i < decoder_.num_layers; ++i) total.used[site][i] += scratch.used[site][i];
   }
@@ -94,9 +155,13 @@ void Engine::reset_stats() {
   std::lock_guard lock(mutex_);
   stats_ = Stats{};
   for (auto& by_layer : stats_.used) by_layer.resize(decoder_.num_layers);
+  stats_.candidates.resize(decoder_.num_layers);
+  stats_.fired.resize(decoder_.num_layers);
   for (Scratch& scratch : scratch_) {
-    scratch.weight_bytes = scratch.kv_bytes = 0;
+    scratch.weight_bytes = scratch.kv_bytes = scratch.limited = 0;
     for (auto& by_layer : scratch.used) std::fill(by_layer.begin(), by_layer.end(), Use{});
+    std::fill(scratch.candidates.begin(), scratch.candidates.end(), Use{});
+    std::fill(scratch.fired.begin(), scratch.fired.end(), 0);
   }
 }
 
@@ -141,6 +206,8 @@ void Engine::reserve(std::span<const Work> work) {
     size_t tokens = 0;
     for (const Work& item : work) {
       kv_.reserve(item.sequence, item.tokens.size());
+      if (ActiveSetPolicy* policy = find_policy(item.sequence))
+        policy->reserve(kv_.length(item.sequence), item.tokens.size());
       make_scores(kv_.length(item.sequence) + item.tokens.size());
       tokens += item.tokens.size();
     }
@@ -152,7 +219,30 @@ void Engine::reserve(std::span<const Work> work) {
 }
 
 // Blocks that were reserved and not written to.
-void Engine::give_back(SequenceId id) { kv_.truncate(id, kv_.length(id)); }
+void Engine::give_back(SequenceId id) { truncate_locked(id, kv_.length(id)); }
+
+// Calls call(policy, first position, count) for each policy among the tokens.
+template <class Call>
+void Engine::for_policies(std::span<const Token> tokens, Call&& call) const {
+  for (size_t t = 0, end; t < tokens.size(); t = end) {
+    for (end = t + 1; end < tokens.size() && tokens[end].blocks == tokens[t].blocks;) ++end;
+    if (tokens[t].policy) call(*tokens[t].policy, tokens[t].place.position, end - t);
+  }
+}
+
+// The tokens from `start` on that go through the layers together: until there are enough, or one needs to
+// know of another's active neurons.
+std::span<const Engine::Token> Engine::passage(size_t start) const {
+  auto tokens = std::span(tokens_).subspan(start, std::min(kMostTokens, tokens_.size() - start));
+  size_t length = tokens.size(), seen = 0;
+  for_policies(tokens, [&](const ActiveSetPolicy& policy, size_t first, size_t count) {
+    while (tokens[seen].policy != &policy) ++seen;
+    size_t some = policy.together(first, count);
+    if (some < count) length = std::min(length, seen + some);
+    seen += count;
+  });
+  return tokens.first(length);
+}
 
 void Engine::step(std::span<const Work> work, Logits wanted, float* logits) {
   std::lock_guard lock(mutex_);
@@ -165,20 +255,27 @@ void Engine::step_locked(std::span<const Work> work, Logits wanted, float* logit
   tokens_.clear();
   for (const Work& item : work) {
     size_t start = kv_.length(item.sequence), prompt_length = kv_.prompt_length(item.sequence);
+    ActiveSetPolicy* policy = find_policy(item.sequence);
     for (size_t i = 0; i < item.tokens.size(); ++i) {
       bool is_last = i + 1 == item.tokens.size();
       bool wants = wanted == Logits::all || (wanted == Logits::last && is_last);
-      tokens_.push_back({item.tokens[i], {start + i, prompt_length}, kv_.blocks(item.sequence), wants});
+      tokens_.push_back(
+          {item.tokens[i], {start + i, prompt_length}, kv_.blocks(item.sequence), wants, policy});
     }
   }
-  for (size_t start = 0; start < tokens_.size(); start += kMostTokens) {
-    auto chunk =
-        std::span<const Token>(tokens_).subspan(start, std::min(kMostTokens, tokens_.size() - start));
+  for (size_t start = 0; start < tokens_.size();) {
+    std::span<const Token> chunk = passage(start);
+    for_policies(chunk, [](ActiveSetPolicy& policy, size_t first, size_t n) { policy.begin(first, n); });
     pool_.run([&](Team& team) { forward(chunk, logits, team); });
+    for_policies(chunk, [](ActiveSetPolicy& policy, size_t first, size_t n) { policy.end(first, n); });
     if (logits)
       for (const Token& token : chunk) logits += token.wants_logits * decoder_.vocab_size;
+    start += chunk.size();
   }
-  for (const Work& item : work) kv_.advance(item.sequence, item.tokens);
+  for (const Work& item : work) {
+    const ActiveSetPolicy* policy = find_policy(item.sequence);
+    kv_.advance(item.sequence, item.tokens, policy ? policy->num_exact() : SIZE_MAX);
+  }
   stats_.tokens += tokens_.size();
 }
 

@@ -5,17 +5,21 @@
 //
 // buffers.cpp holds a step's memory, engine.cpp sequences and steps, decode.cpp the choice of tokens,
 // forward.cpp a token's way through the layers, attention.cpp and mlp.cpp what a layer does, projection.cpp
-// the products of matrices.
+// the products of matrices. A sequence may have an active set policy (active_set.h), which limits the neurons
+// that its tokens compute: the contract then holds for tokens of equal candidates.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "active_set.h"
 #include "buffer.h"
 #include "crossover.h"
 #include "decoder.h"
@@ -67,24 +71,42 @@ struct Stats {
   uint64_t weight_bytes = 0;  // with scales, and the lists of active inputs and neurons
   uint64_t kv_bytes = 0;
   std::array<std::vector<Use>, kNumSites> used;  // by site and layer
+  uint64_t limited = 0;                          // tokens that computed candidates only; of these, by layer:
+  std::vector<Use> candidates;
+  std::vector<uint64_t> fired;  // candidates that were active
 };
 
 class Engine {
  public:
-  Engine(const std::string& path, Options options);
+  // With another engine's threads, both take turns at them, and Options::threads counts for nothing.
+  Engine(const std::string& path, Options options, std::shared_ptr<ThreadPool> threads = nullptr);
 
   const Decoder& decoder() const { return decoder_; }
   size_t threads() const { return pool_.size(); }
+  const std::shared_ptr<ThreadPool>& thread_pool() const { return shared_pool_; }
   size_t context() const { return context_; }
   size_t free_positions();  // of the context, in whole blocks that no sequence holds
   const char* isa() const { return kernels_.name; }
   const PackedFile& file() const { return file_; }
 
-  SequenceId new_sequence(size_t prompt_length = 0);
+  // Why a policy can't limit the neurons of this file's model, in a few words; or "" if it can.
+  std::string refuses_candidates() const;
+
+  // Throws std::invalid_argument if there is a policy, and the file refuses candidates.
+  SequenceId new_sequence(size_t prompt_length = 0, std::unique_ptr<ActiveSetPolicy> policy = nullptr);
+
   SequenceId fork(SequenceId parent);
+
+  // The same, with another policy than the parent's.
+  SequenceId fork(SequenceId parent, std::unique_ptr<ActiveSetPolicy> policy);
+
+  // Null where a sequence has none. Valid until the sequence changes.
+  const ActiveSetPolicy* policy(SequenceId id);
+
   void truncate(SequenceId id, size_t length);
   void free(SequenceId id);
   size_t length(SequenceId id);
+  size_t prompt_length(SequenceId id);
   std::vector<int32_t> tokens(SequenceId id);
 
   // Fills an empty sequence with as many of the first tokens as lie in full blocks of other sequences, past
@@ -132,6 +154,7 @@ class Engine {
     Place place;
     const size_t* blocks;  // of its sequence
     bool wants_logits;
+    ActiveSetPolicy* policy = nullptr;
   };
 
   // Input vectors of matrices, masked, as the kernels read them.
@@ -169,8 +192,11 @@ class Engine {
     Buffer<uint8_t> products;  // of dot and scatter
     Buffer<float> correction;
     std::vector<uint32_t> keys;
+    Buffer<uint64_t> active;  // a set of neurons
     std::array<std::vector<Use>, kNumSites> used;
-    uint64_t weight_bytes = 0, kv_bytes = 0;
+    std::vector<Use> candidates;
+    std::vector<uint64_t> fired;
+    uint64_t weight_bytes = 0, kv_bytes = 0, limited = 0;
   };
 
   // The neurons of a partition.
@@ -185,6 +211,12 @@ class Engine {
   void check_room(SequenceId id, size_t count) const;
   void reserve(std::span<const Work> work);
   void give_back(SequenceId id);
+  void check_policy(const ActiveSetPolicy* policy) const;
+  ActiveSetPolicy* find_policy(SequenceId id) const;
+  void truncate_locked(SequenceId id, size_t length);
+  std::span<const Token> passage(size_t start) const;
+  template <class Call>
+  void for_policies(std::span<const Token> tokens, Call&& call) const;
   void allocate();
   void make_scores(size_t positions);
   void make_room(size_t tokens);
@@ -245,7 +277,11 @@ class Engine {
   void mlp_inputs(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team);
   void whole_neurons(const Layer& layer, const Token& token, size_t t, Scratch& scratch);
   Part part_of(size_t partition, std::span<const Token> tokens) const;
-  void neuron_part(const Layer& layer, const Part& part, const Part& waiting, Scratch& scratch);
+  void neuron_part(const Layer& layer, size_t index, const Part& part, const Part& waiting, Scratch& scratch);
+  void first_rows(const Layer& layer, size_t index, const Part& part, const Part& waiting, Scratch& scratch);
+  size_t list_candidates(const Matrix& first, size_t index, const Part& part, Scratch& scratch);
+  void collect_active(const Token& token, size_t index, size_t t, Scratch& scratch);
+  void add_sums(std::span<const Token> tokens, size_t index, Team& team);
   void list_neurons(const Layer& layer, size_t index, Part& part, Scratch& scratch);
   void up_part(const Layer& layer, size_t index, const Part& part, Scratch& scratch);
   void down_part(const Layer& layer, size_t index, const Part& part, Scratch& scratch);
@@ -256,7 +292,9 @@ class Engine {
   size_t context_;
   bool skip_;
   KvCache kv_;
-  ThreadPool pool_;
+  std::map<SequenceId, std::unique_ptr<ActiveSetPolicy>> policies_;  // of those that have one
+  std::shared_ptr<ThreadPool> shared_pool_;
+  ThreadPool& pool_;
   std::mutex mutex_;
 
   size_t width_, query_width_, key_width_, neuron_width_;  // padded
@@ -269,6 +307,7 @@ class Engine {
   std::array<Vectors, 3> inputs_;  // of q, k, v; of gate, up; of o; of the head
   Vectors products_;               // of down, where it is stored by row
   Buffer<uint32_t> all_;           // 0, 1, 2, ...
+  std::array<const uint64_t*, kMostTokens> candidates_{};  // of the tokens, in the layer; null: all neurons
   std::vector<Token> tokens_;
   std::vector<float> logits_;
   Sampler sampler_;

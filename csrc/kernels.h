@@ -143,6 +143,18 @@ struct Kernels {
   size_t (*list_active)(const float* x, size_t x_stride, size_t tokens, size_t n, uint32_t* list,
                         uint64_t* nonzeros);
 
+  // Sets of neurons (active_set.h), from `first` on, a multiple of 16. Lists, in ascending order, the i < n
+  // where first + i is in at least one of `count` sets; returns how many. `list` has room for n + 16. Adds
+  // the number of (set, i) to *members.
+  size_t (*list_members)(const uint64_t* const* sets, size_t count, size_t first, size_t n, uint32_t* list,
+                         uint64_t* members);
+
+  // x[i] = 0 where first + i is not in the set; n and first are multiples of 16.
+  void (*keep_members)(const uint64_t* set, size_t first, size_t n, float* x);
+
+  // Writes the set of those i < n where x[i] is not zero, and zeros up to a whole word; returns their number.
+  size_t (*collect)(const float* x, size_t n, uint64_t* set);
+
   // g = activation(g - shift), in place; `cutoff` is fatrelu's. n % 16 == 0.
   void (*activate)(Activation activation, float shift, float cutoff, float* g, size_t n);
 

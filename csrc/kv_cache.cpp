@@ -95,11 +95,12 @@ void KvCache::reserve(SequenceId id, size_t count) {
   while (sequence.blocks.size() < blocks_for(length)) sequence.blocks.push_back(take_block());
 }
 
-void KvCache::advance(SequenceId id, std::span<const int32_t> tokens) {
+void KvCache::advance(SequenceId id, std::span<const int32_t> tokens, size_t num_known) {
   Sequence& sequence = find(id);
   size_t full = sequence.tokens.size() / kKvBlock;
   sequence.tokens.insert(sequence.tokens.end(), tokens.begin(), tokens.end());
-  for (; full < sequence.tokens.size() / kKvBlock; ++full) make_known(sequence, full);
+  size_t known = std::min(sequence.tokens.size(), num_known) / kKvBlock;
+  for (; full < known; ++full) make_known(sequence, full);
 }
 
 size_t KvCache::ContentHash::operator()(const Content& content) const {

@@ -78,8 +78,9 @@ class KvCache {
   // Makes sure that `count` more positions can be written. Throws OutOfKv before anything has changed.
   void reserve(SequenceId id, size_t count);
 
-  // Lets reserved positions, one for each token, count as written.
-  void advance(SequenceId id, std::span<const int32_t> tokens);
+  // Lets reserved positions, one for each token, count as written. Full blocks can be found by others as far
+  // as they lie within the first `num_known` positions.
+  void advance(SequenceId id, std::span<const int32_t> tokens, size_t num_known = SIZE_MAX);
 
   // The blocks that hold a sequence's positions, in order. Valid until the sequence changes.
   const size_t* blocks(SequenceId id) const { return find(id).blocks.data(); }

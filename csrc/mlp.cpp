@@ -79,7 +79,7 @@ void Engine::mlp(const Layer& layer, size_t index, std::span<const Token> tokens
       decoder_.num_partitions(),
       [&](size_t p) {
         Part part = part_of(p, tokens);
-        neuron_part(layer, part, waiting, own);
+        neuron_part(layer, index, part, waiting, own);
         if (waiting.neurons > 0) finish();
         waiting = part;
         list_neurons(layer, index, waiting, own);
@@ -94,8 +94,10 @@ void Engine::mlp(const Layer& layer, size_t index, std::span<const Token> tokens
     team.for_each(decoder_.num_partitions(),
                   [&](size_t p) { down_part(layer, index, part_of(p, tokens), scratch_[team.thread()]); });
   }
+  add_sums(tokens, index, team);
   bool has_output_norm{layer.mlp_output_norm};
   team.for_each(tokens.size(), [&](size_t t) {
+    if (tokens[t].policy) collect_active(tokens[t], index, t, scratch_[team.thread()]);
     float* sum = has_output_norm ? &projected_[t * width_] : &hidden_[t * width_];
     if (layer.has_partial_down()) {
       if (has_output_norm) std::fill_n(sum, width_, 0.0f);
@@ -135,6 +137,8 @@ void Engine::mlp_inputs(const Layer& layer, size_t index, std::span<const Token>
   };
   team.for_each(tokens.size(), [&](size_t t) {
     Scratch& scratch = scratch_[team.thread()];
+    ActiveSetPolicy* policy = tokens[t].policy;
+    candidates_[t] = policy ? policy->candidates(index, tokens[t].place.position) : nullptr;
     normalise_token(layer.mlp_norm, mlp_hidden(t), &normed_[t * width_]);
     bool up_quantises = layer.up.reads_integers();
     fill(inputs_[0], layer.first(), tokens[t].place, t, &normed_[t * width_], scratch,
@@ -157,27 +161,80 @@ void Engine::whole_neurons(const Layer& layer, const Token& token, size_t t, Scr
 }
 
 // gates <- activation(gate) for a part. The rows that the waiting part needs are fetched meanwhile.
-void Engine::neuron_part(const Layer& layer, const Part& part, const Part& waiting, Scratch& scratch) {
+void Engine::neuron_part(const Layer& layer, size_t index, const Part& part, const Part& waiting,
+                         Scratch& scratch) {
   size_t rounded = round_up(part.neurons, 16);
   const Matrix& first = layer.first();
   if (layer.has_global_neurons()) return;
-  if (is_plain_rows(first)) {
-    size_t fetched = part.tokens < kPanelTokens ? waiting.listed : 0;  // more keep the processor busy
-    Fetch fetch(rows_from(layer.up.stored, waiting.first), scratch.neurons.get(), fetched);
-    size_t slice = fetch.lines > 0 ? kSliceRows : part.neurons;
-    for (size_t i = 0; i < part.neurons; i += slice) {
-      dot_rows(first, inputs_[0], part.first + i, std::min(slice, part.neurons - i), part.tokens,
-               gates_.get(), neuron_width_, scratch);
-      fetch.share(round_up_quotient(part.neurons, slice));
-    }
-  }
+  if (is_plain_rows(first)) first_rows(layer, index, part, waiting, scratch);
   for (size_t t = 0; t < part.tokens; ++t) {
     float* z = &gates_[t * neuron_width_ + part.first];
     if (is_plain_rows(first) && first.bias) kernels_.add(first.bias + part.first, z, rounded);
     kernels_.activate(layer.activation, layer.shift, layer.cutoff, z, rounded);
     if (layer.neuron) select_part(layer.neuron, part.all[t].place, z, part.first, part.neurons, z);
+    if (candidates_[t]) kernels_.keep_members(candidates_[t], part.first, rounded, z);
     std::fill(z + part.neurons, z + rounded, 0.0f);
   }
+}
+
+// The rows of a part's first matrix: of its neurons that are some token's candidates.
+void Engine::first_rows(const Layer& layer, size_t index, const Part& part, const Part& waiting,
+                        Scratch& scratch) {
+  const Matrix& first = layer.first();
+  size_t rows = list_candidates(first, index, part, scratch);
+  size_t fetched = part.tokens < kPanelTokens ? waiting.listed : 0;  // more keep the processor busy
+  Fetch fetch(rows_from(layer.up.stored, waiting.first), scratch.neurons.get(), fetched);
+  size_t slice = fetch.lines > 0 ? kSliceRows : std::max<size_t>(rows, 1);
+  for (size_t i = 0; i < rows; i += slice) {
+    size_t some = std::min(slice, rows - i);
+    if (rows == part.neurons)
+      dot_rows(first, inputs_[0], part.first + i, some, part.tokens, gates_.get(), neuron_width_, scratch);
+    else
+      kernels_.dot(rows_from(first.stored, part.first), scratch.list.get() + i, 0, some, inputs_[0].input(),
+                   part.tokens, scratch.products.get(), &gates_[part.first], neuron_width_);
+    fetch.share(round_up_quotient(rows, slice));
+  }
+  if (rows < part.neurons) scratch.weight_bytes += first.stored.listed_bytes(rows);
+}
+
+// Lists the candidates of the part's tokens, and returns how many; all, where a token has no policy.
+size_t Engine::list_candidates(const Matrix& first, size_t index, const Part& part, Scratch& scratch) {
+  const uint64_t* sets[kMostTokens];
+  size_t limited = 0;
+  for (size_t t = 0; t < part.tokens; ++t)
+    if (candidates_[t]) sets[limited++] = candidates_[t];
+  if (limited == 0) return part.neurons;
+  Use& used = scratch.candidates[index];
+  size_t listed =
+      kernels_.list_members(sets, limited, part.first, part.neurons, scratch.list.get(), &used.by_token);
+  bool is_all = limited < part.tokens || !skip_;
+  float most =
+      crossover_.share(Product::dot, first.stored.dtype, part.tokens) * static_cast<float>(part.neurons);
+  used.together += limited < part.tokens ? part.neurons : listed;
+  return is_all || static_cast<float>(listed) > most ? part.neurons : listed;
+}
+
+// What a policy asks of a token's neurons, which have been through the MLP.
+void Engine::collect_active(const Token& token, size_t index, size_t t, Scratch& scratch) {
+  uint64_t* set = token.policy->active(index, token.place.position);
+  if (!set && !candidates_[t]) return;
+  size_t active = kernels_.collect(&gates_[t * neuron_width_], decoder_.intermediate_size,
+                                   set ? set : scratch.active.get());
+  if (candidates_[t]) scratch.fired[index] += active;
+  if (candidates_[t] && index == 0) ++scratch.limited;
+}
+
+// Every thread finds the same tokens, so that all go through the phase or none does.
+void Engine::add_sums(std::span<const Token> tokens, size_t index, Team& team) {
+  auto has_sums = [](const Token& token) {
+    return token.policy && token.policy->has_sums(token.place.position);
+  };
+  if (std::none_of(tokens.begin(), tokens.end(), has_sums)) return;
+  team.for_each(1, [&](size_t) {
+    for (size_t t = 0; t < tokens.size(); ++t)
+      if (has_sums(tokens[t]))
+        tokens[t].policy->add(index, tokens[t].place.position, &gates_[t * neuron_width_]);
+  });
 }
 
 void Engine::list_neurons(const Layer& layer, size_t index, Part& part, Scratch& scratch) {

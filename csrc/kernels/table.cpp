@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "products.h"
 #include "quantise.h"
+#include "sets.h"
 #include "vectors.h"
 
 namespace relufy::RELUFY_KERNELS {
@@ -20,6 +21,9 @@ const Kernels table = {
     quantise,
     interleave,
     list_active,
+    list_members,
+    keep_members,
+    collect,
     activate,
     multiply,
     add,

@@ -376,21 +376,6 @@ void test_counts_and_options() {
   CHECK(Engine(kPath, {.threads = 0}).threads() == 1);
 }
 
-// Sets $RELUFY_ISA to each instruction set in turn. Under sanitizers, which are slow, the kernels' own test
-// does.
-template <class Function>
-void for_each_isa(Function&& function) {
-#ifdef RELUFY_SANITIZED
-  return function();
-#endif
-  for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
-    if (!find_kernels(isa)) continue;
-    setenv("RELUFY_ISA", isa, 1);
-    function();
-  }
-  unsetenv("RELUFY_ISA");
-}
-
 }  // namespace
 
 int main() {

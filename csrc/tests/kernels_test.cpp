@@ -248,6 +248,49 @@ void test_list_active(const Kernels& k) {
   CHECK(k.list_active(nan.data(), 0, 1, 40, all.data(), &nonzeros) == 40 && all[39] == 39);
 }
 
+// Sets of neurons: listed, kept to, and collected, all in agreement with each other.
+void test_sets(const Kernels& k) {
+  for (size_t n : {1, 15, 16, 70, 128, 200})
+    for (size_t count : {1, 3}) {
+      size_t room = round_up(n, 16), first = 32;  // of x, which begins at neuron 32 of the sets
+      std::vector<std::vector<uint64_t>> sets(count, std::vector<uint64_t>((first + room + 63) / 64, ~0ull));
+      std::vector<const uint64_t*> pointers;
+      size_t members = 0;
+      std::vector<bool> is_member(n);
+      for (size_t s = 0; s < count; ++s) {
+        for (size_t i = 0; i < n; ++i)
+          if ((i * 7 + s * 5) % 3)
+            sets[s][(first + i) / 64] &= ~(uint64_t{1} << ((first + i) % 64));
+          else
+            is_member[i] = true, ++members;
+        pointers.push_back(sets[s].data());
+      }
+      std::vector<uint32_t> list(n + 16);
+      uint64_t found = 5;
+      size_t listed = k.list_members(pointers.data(), count, first, n, list.data(), &found);
+      CHECK(found == members + 5);
+      for (size_t i = 0, j = 0; i < n; ++i)
+        if (is_member[i]) CHECK(j < listed && list[j++] == i);
+      CHECK(listed == static_cast<size_t>(std::count(is_member.begin(), is_member.end(), true)));
+
+      Floats x(room, 2.0f);
+      k.keep_members(pointers[0], first, room, x.data());
+      for (size_t i = 0; i < n; ++i) CHECK(x[i] == (i * 7 % 3 ? 0.0f : 2.0f));
+      std::vector<uint64_t> collected((n + 63) / 64, ~0ull);
+      CHECK(k.collect(x.data(), n, collected.data()) == (n + 2) / 3);
+      for (size_t i = 0; i < 64 * collected.size(); ++i)
+        CHECK((collected[i / 64] >> (i % 64) & 1) == (i < n && i * 7 % 3 == 0));
+    }
+  Floats special{-0.0f, std::nanf(""), 1e-42f, 0.0f, -1.0f};
+  uint64_t set = 0;
+  CHECK(k.collect(special.data(), 5, &set) == 3 && set == 0b10110);
+  k.keep_members(&set, 0, 0, special.data());
+  Floats nan(16, std::nanf(""));
+  set = 0b10;
+  k.keep_members(&set, 0, 16, nan.data());
+  for (size_t i = 0; i < 16; ++i) CHECK(i == 1 ? std::isnan(nan[i]) : nan[i] == 0.0f);
+}
+
 double activation_of(Activation activation, double z) {
   double relu = z > 0 ? z : 0;
   switch (activation) {
@@ -473,6 +516,7 @@ int main() {
     test_reads_f16(*k);
     test_quantise(*k);
     test_list_active(*k);
+    test_sets(*k);
     test_activations(*k);
     test_multiply(*k);
     test_norms(*k);

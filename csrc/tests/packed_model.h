@@ -101,7 +101,7 @@ struct TinyModel {
   size_t vocab = 41, hidden = 20, neurons = 70, partition = 16, layers = 2;
   size_t heads = 4, kv_heads = 2, head_dim = 6, context = 70;
   bool gated = true, layer_norm = false, learned_positions = false, biases = false, own_head = false;
-  bool for_dense = false, up_relu = false, statistical = false;
+  bool for_dense = false, for_reuse = false, up_relu = false, statistical = false;
   Activation activation = Activation::relu;
   double shift = 0.0, cutoff = 0.0;
   std::map<std::string, Mask> masks = {};  // by site
@@ -216,7 +216,8 @@ class ModelWriter {
   // A matrix with what belongs to it; its weights unless a bundle has them.
   void projection(const std::string& prefix, const std::string& site, size_t outputs, size_t inputs,
                   bool has_weights = true, bool in_columns = false) {
-    in_columns = !m_.for_dense && (in_columns || m_.masks.count(site));
+    bool is_first = site == (m_.gated ? "gate" : "up");
+    in_columns = !m_.for_dense && (in_columns || m_.masks.count(site)) && !(m_.for_reuse && is_first);
     if (has_weights)
       matrix(prefix + site, m_.dtype, in_columns ? Layout::columns : Layout::rows, outputs, inputs);
     if (m_.biases) file_.vector(prefix + site + ".bias", random(outputs));
@@ -340,6 +341,8 @@ inline std::vector<TinyModel> tiny_models(Dtype dtype) {
   local.query_norm = QueryNorm::head;
   local.window = 5, local.tables = 2, local.rotary_dim = 4;
   local.embedding_scale = 4.5, local.attention_softcap = 2.0, local.final_softcap = 3.0;
+  TinyModel for_reuse{.name = "for reuse", .dtype = dtype, .biases = true, .for_reuse = true};
+  for (const char* site : {"q", "gate", "up"}) for_reuse.masks[site] = {.threshold = 0.1};
   TinyModel parallel = plain;
   parallel.name = "parallel";
   parallel.parallel = parallel.alibi = true;
@@ -356,8 +359,24 @@ inline std::vector<TinyModel> tiny_models(Dtype dtype) {
   for (const char* site : {"q", "gate"}) first_in_columns.masks[site] = {.kind = Kind::none};
   TinyModel others_in_columns{.name = "others in columns", .dtype = dtype, .activation = Activation::silu};
   for (const char* site : {"k", "v", "o", "up"}) others_in_columns.masks[site] = {.kind = Kind::none};
-  return {bundle, wide,         inputs,           shared,
-          plain,  masked_plain, corrected,        statistical,
-          drelu,  dense,        first_in_columns, others_in_columns,
-          local,  parallel,     post_norms,       beside};
+  return {bundle,   wide,         inputs,           shared,
+          plain,    masked_plain, corrected,        statistical,
+          drelu,    dense,        first_in_columns, others_in_columns,
+          local,    parallel,     post_norms,       beside,
+          for_reuse};
+}
+
+// Sets $RELUFY_ISA to each instruction set in turn. Under sanitizers, which are slow, the kernels' own test
+// does.
+template <class Function>
+void for_each_isa(Function&& function) {
+#ifdef RELUFY_SANITIZED
+  return function();
+#endif
+  for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
+    if (!find_kernels(isa)) continue;
+    setenv("RELUFY_ISA", isa, 1);
+    function();
+  }
+  unsetenv("RELUFY_ISA");
 }

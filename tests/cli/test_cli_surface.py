@@ -7,7 +7,7 @@ from relufy.cli.main import app, run
 
 CHOICE = (
     "--temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty"
-    " --logit-bias --seed --stop --context-policy --keep"
+    " --logit-bias --seed --stop --context-policy --keep --speculative --gamma --min-probability --adaptive"
 )
 OPENING = "--threads --context --dtype --kv-dtype --mlock --no-mmap --load"
 

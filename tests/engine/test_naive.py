@@ -105,6 +105,12 @@ def test_equals_transformers(folder, for_, request, tmp_path):
     assert error(naive.logits(TOKENS, prompt), hf_logits(folder, prompt)) < 1e-5
 
 
+def test_gates_packed_for_reuse_read_masked_inputs(make_checkpoint, tmp_path):
+    folder = make_checkpoint(sparsifiers=GATED["stage2"])
+    naive = NaiveDecoder(pack(folder, tmp_path / "m.relufy", for_="reuse"))
+    assert error(naive.logits(TOKENS), hf_logits(folder, 0)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"enable_bias": False}, {"activation_function": "gelu"}, {"activation_function": "gelu_new"}],

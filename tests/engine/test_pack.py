@@ -64,6 +64,12 @@ def test_layouts_follow_what_can_be_skipped(case, make_checkpoint, tmp_path):
     exact = read_header(pack(folder, tmp_path / "exact"))
     assert matrices(exact) == expected
     assert exact.numbers == dense.numbers
+    if case in ("dense", "inputs", "corrected"):
+        with pytest.raises(relufy.UserError, match="can't be reused"):
+            pack(folder, tmp_path / "reuse", for_="reuse")
+        return
+    reuse = read_header(pack(folder, tmp_path / "reuse", for_="reuse"))
+    assert matrices(reuse) == expected | {"gate" if family == "llama" else "up": "rows"}
 
 
 def test_types_of_an_int4_file(make_checkpoint, tmp_path):
@@ -158,7 +164,7 @@ def test_wide_rows_take_the_bits_that_the_type_promises(make_checkpoint, tmp_pat
     ("choice", "message"),
     [
         ({"dtype": "int5"}, "int5.*did you mean 'int"),
-        ({"for_": "reuse"}, "no mode 'reuse' yet"),
+        ({"for_": "reuse"}, "neurons have no zeros: relufy it first"),
         ({"for_": "predicted"}, "no mode 'predicted' yet"),
         ({"for_": "exakt"}, "did you mean 'exact'"),
     ],

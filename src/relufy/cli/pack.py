@@ -21,7 +21,8 @@ def command(
         str, typer.Option("--dtype", help="How weights are stored: f32, bf16, int8 or int4.")
     ] = "f32",
     for_: Annotated[
-        str, typer.Option("--for", help="exact: zeros are skipped. dense: every weight is read.")
+        str,
+        typer.Option("--for", help="exact: zeros are skipped. reuse: and gates can be. dense: nothing is."),
     ] = "exact",
     text: Annotated[
         list[Path] | None,

@@ -2,7 +2,8 @@
 
 The layout follows what can be skipped. Rows of weights are stored side by side by output where all are read
 or rows are skipped; by input where the input has zeros; and `[up_i | down_i]` by neuron where neurons of a
-gated MLP are skipped.
+gated MLP are skipped. What decides on the neurons is stored by output if they may be limited to candidates
+(`for_="reuse"`), although its input has zeros: its rows are then what is skipped.
 """
 
 import json
@@ -35,9 +36,10 @@ from relufy.schema import suggest
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """Small files of a checkpoint that travel in the packed file."""
 
-PURPOSES = ("exact", "dense")
-"""What a file can be packed for: skipping what zeros make unnecessary, or reading every weight."""
-LATER = ("reuse", "predicted")
+PURPOSES = ("exact", "reuse", "dense")
+"""What a file can be packed for: skipping what zeros make unnecessary; also limiting a token's neurons to
+candidates; or reading every weight."""
+LATER = ("predicted",)
 
 VECTOR_NAMES = {"threshold": "thresholds", "weight": "weight", "centre": "centre"}
 """The packed file's names for a mask's tensors."""
@@ -59,15 +61,18 @@ def pack(
     """Pack a checkpoint into the file `output`, atomically, and return its path.
 
     `model` is a folder, "bundled" or a hub id. `dtype` is the type of the stored weights: "f32", "bf16",
-    "int8" or "int4" (with embedding and head as int8). `for_` decides the layout: "exact" skips, "dense"
-    reads every weight. `lora` names folders of adapters to merge (lora.py), `lora_scale` one factor for all
-    or one for each. `weights` replaces the folder's own tensors, without adapters. Raises UserError if the
-    checkpoint is damaged or the engine can't run such a model, ValueError for `weights` with `lora`.
+    "int8" or "int4" (with embedding and head as int8). `for_` decides the layout: "exact" skips, "reuse" can
+    also leave out gates, "dense" reads every weight. `lora` names folders of adapters to merge (lora.py),
+    `lora_scale` one factor for all or one for each. `weights` replaces the folder's own tensors, without
+    adapters. Raises UserError if the checkpoint is damaged or the engine can't run such a model, ValueError
+    for `weights` with `lora`.
     """
     check_choice(dtype, for_)
     folder = model_folder(model)
     config = read_config(folder)
     spec, adapters = decoder_spec(config), open_adapters(lora, lora_scale)
+    if for_ == "reuse":
+        check_candidates(spec)
     if weights is not None and adapters:
         raise ValueError("weights are packed as they are; lora is for a folder's own")
     tensors = weights if weights is not None else merged_weights(folder, spec, adapters)
@@ -118,14 +123,31 @@ def is_bundled(spec: DecoderSpec, layer: int, for_: str) -> bool:
     """Tell whether up and down of a layer lie side by side; a correction needs products of whole matrices."""
     found = spec.layers[layer]
     is_corrected = any(site in found.masks and found.masks[site].correction for site in ("up", "down"))
-    return for_ == "exact" and spec.family.is_gated and found.has_sparse_neurons and not is_corrected
+    return for_ != "dense" and spec.family.is_gated and found.has_sparse_neurons and not is_corrected
 
 
 def is_by_input(spec: DecoderSpec, layer: int, name: str, for_: str) -> bool:
     """Tell whether a matrix outside a bundle is stored by input: whether that may have zeros."""
     found = spec.layers[layer]
     is_neuron = name == "down" and not spec.family.is_gated and found.has_sparse_neurons
-    return for_ == "exact" and (name in found.masks or is_neuron)
+    first = "gate" if spec.family.is_gated else "up"
+    return for_ != "dense" and (name in found.masks or is_neuron) and (for_, name) != ("reuse", first)
+
+
+def check_candidates(spec: DecoderSpec) -> None:
+    """Raise UserError, with a reason, if a model's tokens can't be limited to candidate neurons."""
+    for index, layer in enumerate(spec.layers):
+        neuron = layer.masks.get("neuron")
+        corrected = [s for s in ("gate", "up", "down") if s in layer.masks and layer.masks[s].correction]
+        reason = None
+        if not layer.has_sparse_neurons:
+            reason = "its neurons have no zeros: relufy it first (relufy finetune, or sparsify with cats)"
+        elif layer.deviations is not None or (neuron and neuron.function == "topk"):
+            reason = "its neurons are chosen among all of them (top-k)"
+        elif corrected:
+            reason = f"the input of {corrected[0]} has a low-rank correction"
+        if reason:
+            raise UserError(f"neurons of this model can't be reused: {reason} (layer {index})")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class ModelTokenizer:
         """Return a token as the vocabulary writes it; empty for an id that the tokenizer does not use."""
         return self._tokenizer.id_to_token(token) or ""
 
+    def vocabulary(self) -> dict[int, str]:
+        """Return every token as the vocabulary writes it, by its id."""
+        return {token: text for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of the special tokens by Hugging Face's names, of those that the model has."""
         found = {name: _content(self._named.get(name)) for name in SPECIAL_TOKENS}
