@@ -42,6 +42,7 @@ SURFACE = {
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"
     " --tensorboard --shard --dtype --json",
     "recipes": "name",
+    "report": "runs -o --output --title",
     "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --budget --minutes"
     " --selection --test --windows --window --dtype --threads --seed --no-measure --plot --json",
     "verify": "file --json",

@@ -24,6 +24,7 @@ from relufy.cli import (
     pack,
     pretrain,
     recipes,
+    report,
     sparsify,
     verify,
 )
@@ -50,6 +51,7 @@ for command in (
     pretrain,
     doctor,
     compare,
+    report,
     info,
     pack,
     verify,
