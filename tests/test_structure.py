@@ -29,7 +29,19 @@ BASE = {
     "plot_style",
 }
 WINGS_BELOW = {
-    "cli": {"demo", "serve", "bench", "report", "doctor", "methods", "train", "measure", "engine", "model"},
+    "cli": {
+        "demo",
+        "serve",
+        "bench",
+        "report",
+        "doctor",
+        "methods",
+        "train",
+        "evaluation",
+        "measure",
+        "engine",
+        "model",
+    },
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "serve": {"methods", "train", "measure", "engine", "model"},
     "bench": {"methods", "train", "measure", "engine", "model"},
@@ -37,13 +49,14 @@ WINGS_BELOW = {
     "doctor": {"methods", "measure", "engine", "model"},
     "methods": {"measure", "engine", "model"},
     "train": {"methods", "measure", "engine", "model"},
+    "evaluation": {"measure", "engine", "model"},
     "measure": {"engine", "model"},
     "engine": set(),
     "model": set(),
 }
 """What each wing may import of the other wings, besides the base files."""
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib"}
-TORCH_SIDE = {"doctor", "model", "methods", "train", "measure", "demo"}
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "lm_eval", "scipy"}
+TORCH_SIDE = {"doctor", "model", "methods", "train", "evaluation", "measure", "demo"}
 HELP_SECONDS = 0.4
 
 

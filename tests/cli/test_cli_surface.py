@@ -23,6 +23,8 @@ SURFACE = {
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
     " --tokens --no-mmap --load -o --output --plot --json",
+    "bench speculative": "model --draft --speculative --text --gammas --dtype --threads --context --tokens"
+    " --temperature --turns --no-mmap --load -o --output --json",
     "cache": "",
     "cache clear": "--json",
     "cache list": "--json",
@@ -32,6 +34,8 @@ SURFACE = {
     " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
     "doctor": "model --text --control --quick --windows --window --json",
+    "eval": "model --before --text --tasks --task-folder --backend --limit --num-fewshot --batch-size"
+    " --window --max-windows --dtype --threads --device -o --output --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",

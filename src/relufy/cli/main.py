@@ -28,12 +28,15 @@ from relufy.cli import (
     sparsify,
     verify,
 )
+from relufy.cli import eval as evaluation
 from relufy.errors import UserError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "peft"), "train") | {
     "matplotlib": "report",
     "llama_cpp": "bench",
     "gguf": "bench",
+    "lm_eval": "eval",
+    "scipy": "eval",
 }
 """The extra of relufy that brings a package."""
 
@@ -50,6 +53,7 @@ for command in (
     finetune,
     pretrain,
     doctor,
+    evaluation,
     compare,
     report,
     info,
