@@ -12,7 +12,8 @@ from relufy.doctor.expectation import weights_unread
 from relufy.doctor.expectations import expectations
 from relufy.measure.definitions import site_weights
 
-CHECKS = ["activation", "layers", "heads", "keys_and_values", "sweep", "generation", "first_tokens"]
+CHECKS = ["activation", "layers", "prediction", "heads", "keys_and_values", "sweep", "generation"]
+CHECKS += ["first_tokens"]
 
 
 @pytest.fixture(scope="module")

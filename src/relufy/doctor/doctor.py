@@ -15,6 +15,7 @@ from relufy.doctor import (
     heads,
     keys_and_values,
     layers,
+    prediction,
     sweep,
 )
 from relufy.doctor.expectation import Expectation
@@ -183,6 +184,7 @@ def _generation(patient: Patient, _control: Patient | None, found: list[Finding]
 CHECKS: tuple[tuple[str, str, Callable[[Patient, Patient | None, list[Finding]], Finding]], ...] = (
     ("activation", "The activation", lambda patient, control, found: activation.check(patient)),
     ("layers", "Balance of the layers", lambda patient, control, found: layers.check(patient)),
+    ("prediction", "Predicting neurons", lambda patient, control, found: prediction.check(patient)),
     ("heads", "Skipping heads", lambda patient, control, found: heads.check(patient)),
     ("keys_and_values", "Keys and values", lambda patient, control, found: keys_and_values.check(patient)),
     ("sweep", "Sparsity and quality", lambda patient, control, found: sweep.check(patient, control)),

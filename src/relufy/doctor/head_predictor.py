@@ -12,13 +12,8 @@ import torch
 
 from relufy.doctor.head_masks import Heads
 from relufy.doctor.patient import Patient
-from relufy.errors import UserError
+from relufy.doctor.ridge import Ridge, refuse_large, with_one
 from relufy.measure.modes import window_losses
-
-RIDGE = 1e-3
-"""The penalty on the weights, relative to the mean square of an input."""
-MOST_BYTES = 2e9
-"""What all layers' normal equations may take."""
 
 
 class HeadPredictor:
@@ -33,7 +28,7 @@ class HeadPredictor:
 
     def score(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """Return the predicted importance of each head, `[..., heads]`; x only gives the shape."""
-        found = _with_one(self._inputs[layer]) @ self._weights[layer]
+        found = with_one(self._inputs[layer]) @ self._weights[layer]
         return found.reshape(*x.shape[:-1], found.shape[-1])
 
     def attached(self, patient: Patient) -> ExitStack:
@@ -47,11 +42,7 @@ class HeadPredictor:
 
 def fit_head_predictor(patient: Patient, heads: Heads) -> HeadPredictor:
     """Fit all layers' predictors on the fit windows. Raises UserError if they would not fit in memory."""
-    width = patient.blocks[0].q.shape[1] + 1
-    if 8.0 * width**2 * len(patient.blocks) > MOST_BYTES:
-        raise UserError(
-            f"normal equations of {width - 1} inputs in {len(patient.blocks)} layers are too large"
-        )
+    refuse_large(patient.blocks[0].q.shape[1], max(heads.count), len(patient.blocks))
     sums = [_Sums(heads, block.index) for block in patient.blocks]
     with ExitStack() as hooks:
         for block, layer in zip(patient.blocks, sums, strict=True):
@@ -62,28 +53,18 @@ def fit_head_predictor(patient: Patient, heads: Heads) -> HeadPredictor:
 
 
 class _Sums:
-    """X^T X and X^T Y of a layer, X the input of q with a one, Y the heads' importance."""
+    """What is seen of a layer: the input of q, and the heads' importance."""
 
     def __init__(self, heads: Heads, layer: int) -> None:
         self._heads, self._layer = heads, layer
         self._inputs = torch.zeros(0)
-        self._squares: Any = 0.0
-        self._products: Any = 0.0
+        self._ridge = Ridge()
 
     def see_input(self, _module: Any, args: tuple[Any, ...]) -> None:
-        self._inputs = _with_one(args[0]).flatten(0, -2)
+        self._inputs = args[0].flatten(0, -2)
 
     def see_output(self, _module: Any, args: tuple[Any, ...]) -> None:
-        importance = self._heads.importance(self._layer, args[0]).flatten(0, -2).double()
-        inputs = self._inputs.double()
-        self._squares = self._squares + inputs.T @ inputs
-        self._products = self._products + inputs.T @ importance
+        self._ridge.add(self._inputs, self._heads.importance(self._layer, args[0]).flatten(0, -2))
 
     def solve(self) -> torch.Tensor:
-        ridge = RIDGE * self._squares.diagonal().mean()
-        identity = torch.eye(len(self._squares), dtype=torch.float64, device=self._squares.device)
-        return torch.linalg.solve(self._squares + ridge * identity, self._products).float()
-
-
-def _with_one(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], dim=-1)
+        return self._ridge.solve()
