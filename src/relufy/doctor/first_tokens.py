@@ -33,13 +33,14 @@ def check(patient: Patient) -> Finding:
     figures: dict[str, Any] = {"first_tokens": first, "tried_share": TRIED}
     figures |= hidden_by_position(patient, first)
     figures |= _attention(patient)
-    masked, spared = (patient.nats(_masked(patient, keep)) for keep in (0, 1))
+    everywhere, but_first = (_masked(patient, keep) for keep in (0, 1))
+    (masked, spared), cost = map(patient.nats, (everywhere, but_first)), everywhere.minus(but_first)
     figures |= {
         "masked_everywhere": {"nats_more": masked[0], "standard_error": masked[1]},
         "first_token_dense": {"nats_more": spared[0], "standard_error": spared[1]},
-        "cost_of_masking_the_first": masked[0] - spared[0],
+        "cost_of_masking_the_first": {"nats_more": cost.mean, "standard_error": cost.standard_error},
     }
-    costs = figures["cost_of_masking_the_first"] > MATTERS
+    costs = cost.mean > MATTERS and cost.mean > 2 * cost.standard_error
     has_sink = bool(figures["sink_layers"]) or bool(figures["massive_layers"])
     status = "bad" if costs else "watch" if has_sink else "good"
     advice = _advice(patient, costs, has_sink)

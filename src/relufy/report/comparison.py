@@ -64,12 +64,12 @@ def comparison_svg(document: Document, panel: str, title: str) -> str:
             axes.invert_xaxis()
         axes.set_ylabel("perplexity")
         axes.legend(
-            ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9, handlelength=1.8,
+            ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9, handlelength=1.8,
             columnspacing=1.2, labelspacing=0.3, borderaxespad=0.2,
         )  # fmt: skip
 
     names = ", ".join(dict.fromkeys(row["method"] for row in document["rows"]))
-    return draw(5.4, 4.4, paint, title, f"Lines: dense, {names}. Horizontal: {label}. Vertical: perplexity.")
+    return draw(4.7, 3.9, paint, title, f"Lines: dense, {names}. Horizontal: {label}. Vertical: perplexity.")
 
 
 def _unread(found: Row) -> float | None:

@@ -45,11 +45,14 @@ def share(value: float | None, digits: int = 1) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number, or a dash for none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+    return "-" if value is None else f"{value:,.{digits if abs(value) < 1000 else 0}f}"
 
 
 def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
     """Return a number with its standard error where there is one."""
     if value is None:
         return "-"
-    return number(value, digits) if error is None else f"{value:,.{digits}f} \u00b1 {error:.{digits}f}"
+    if error is None:
+        return number(value, digits)
+    digits = digits if abs(value) < 1000 else 0
+    return f"{value:,.{digits}f} \u00b1 {error:,.{digits}f}"

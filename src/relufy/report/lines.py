@@ -10,8 +10,8 @@ from relufy.plot_style import CELLS, DENSE, SERIES
 from relufy.report.content import Figure
 from relufy.report.svg import PAGE_INK, draw
 
-WIDTH = 5.4
-HEIGHT = 3.3
+WIDTH = 4.7
+HEIGHT = 2.9
 CELL_COLOURS = LinearSegmentedColormap.from_list("zeros", list(CELLS))
 MOST_CELLS = 16
 """Layers up to which the cells of a heatmap show their number."""
@@ -54,6 +54,7 @@ def curves(
             axes.set_yscale("log")
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _place: f"{100 * value:.3g} %")
+            _from_zero(axes, [value for line in lines for value in line.ys if value is not None])
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="y")
@@ -76,6 +77,12 @@ def _line(axes: Any, line: Curve, colour: str) -> None:
         errors = [nan if value is None else value for value in line.errors]
         low, high = ([v + sign * e for v, e in zip(ys, errors, strict=True)] for sign in (-2, 2))
         axes.fill_between(line.xs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _from_zero(axes: Any, values: Sequence[float]) -> None:
+    """Let the axis of shares begin at 0, and end above it where all are 0."""
+    if values and min(values) >= 0:
+        axes.set_ylim(bottom=-0.03 * (max(values) or 1.0), top=None if max(values) else 1.0)
 
 
 def _doubling(axes: Any, values: Sequence[float]) -> None:

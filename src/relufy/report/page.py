@@ -9,6 +9,7 @@ from relufy.report.content import Section, Table
 
 MOST_FIGURE = 28
 """Characters of the longest cell that is a figure."""
+LONG_TEXT = 44
 
 
 def environment() -> Environment:
@@ -30,7 +31,9 @@ def style() -> str:
 def to_html(title: str, overview: Sequence[Table], sections: Sequence[Section]) -> str:
     """Return the page: an overview, a section for each result, and how each was made."""
     page = environment().get_template("report.html.jinja")
-    return page.render(title=title, overview=overview, sections=sections, style=style(), is_text=_is_text)
+    return page.render(
+        title=title, overview=overview, sections=sections, style=style(), is_text=is_text, is_wordy=is_wordy
+    )
 
 
 def to_markdown(title: str, overview: Sequence[Table], sections: Sequence[Section]) -> str:
@@ -68,14 +71,20 @@ def _table(table: Table) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|").replace("<", "&lt;")
+    escaped = text.replace("|", "\\|").replace("<", "&lt;")
+    return "<br>".join(map(_plain, escaped.splitlines()))
 
 
 def _plain(text: str) -> str:
     return " ".join(str(text).split())
 
 
-def _is_text(table: Table, column: int) -> bool:
+def is_text(table: Table, column: int) -> bool:
     """Tell whether a column holds words rather than figures: those wrap, and are set to the left."""
     cells = [row[column] for row in table.rows if column < len(row)]
     return column == 0 or any(len(cell) > MOST_FIGURE or cell.isalpha() for cell in cells)
+
+
+def is_wordy(table: Table) -> bool:
+    """Tell whether a table has long texts: on a phone its rows are set one cell below the other."""
+    return any(len(cell) > LONG_TEXT for row in table.rows for cell in row)

@@ -29,7 +29,7 @@ def section(run: Run) -> Section:
 
 def _findings(found: Mapping[str, Any]) -> Table:
     rows = [
-        [finding["title"], SIGNS[finding["status"]], finding["verdict"], " ".join(finding["advice"])]
+        [finding["title"], SIGNS[finding["status"]], finding["verdict"], "\n".join(finding["advice"])]
         for finding in found["findings"]
     ]
     return Table("Findings", ["check", "", "verdict", "try"], rows)
@@ -74,7 +74,8 @@ def _sweep(found: Mapping[str, Any]) -> list[Figure]:
     if control := figures.get("control"):
         name = f"control {control['model']}"
         lines.append(Curve(name, *_line(levels, control["rise"]), SERIES[1], marker="s"))
-    lines.append(Curve("drawn at random", *_line(levels, figures["rise_of_random"]), DENSE, (0, (5, 2))))
+    name = "drawn at random"
+    lines.append(Curve(name, *_line(levels, figures["rise_of_random"]), DENSE, (0, (5, 2))))
     top = max(0.3, 1.3 * max(value for line in lines[:-1] for value in line.ys if value is not None))
     clipped = [
         Curve(c.name, c.xs, [_within(v, top) for v in c.ys], c.colour, c.dashes, c.marker) for c in lines

@@ -18,20 +18,21 @@ def gamma_parts(part: Mapping[str, Any]) -> tuple[list[Figure], list[Table]]:
         points = [point for point in part["points"] if point["kind"] == kind]
         if points:
             ys = [point["perplexity"]["perplexity"] for point in points]
-            errors = [_error(point["perplexity"]) for point in points]
+            errors = [_error(point) for point in points]
             lines.append(Curve(words, [p["gamma"] for p in points], ys, colour, marker="o", errors=errors))
     caption = (
         f"After a warm-up of {part['warmup']} tokens, every other block of gamma tokens may only use neurons "
-        "loaded before it (ReLU Strikes Back, 5.1); band: 2 s.e. over windows."
+        "loaded before it (ReLU Strikes Back, 5.1); band: 2 s.e. of the difference to no limit, by window."
     )
     level = (f"no limit {dense:.2f}", dense)
     figure = curves("Neuron reuse", lines, "gamma, tokens", "perplexity", caption, True, level=level)
     return [figure], [_table(part)]
 
 
-def _error(found: Mapping[str, Any]) -> float | None:
-    error = found["standard_error"]
-    return None if error is None else error * found["perplexity"]
+def _error(point: Mapping[str, Any]) -> float | None:
+    """Return the error of the perplexity's difference to no limit, which is paired by window."""
+    error = (point.get("difference") or {}).get("standard_error")
+    return None if error is None else error * point["perplexity"]["perplexity"]
 
 
 def _table(part: Mapping[str, Any]) -> Table:

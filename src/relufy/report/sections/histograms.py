@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.colors import LinearSegmentedColormap
 
-from relufy.plot_style import DENSE
+from relufy.plot_style import DENSE, SERIES
 from relufy.report.content import Figure
 from relufy.report.lines import WIDTH, Curve, curves
 from relufy.report.svg import PAGE_INK, draw
@@ -14,6 +14,7 @@ from relufy.report.svg import PAGE_INK, draw
 MOST_LAYERS = 12
 """Layers that are drawn; of more, as many spread evenly."""
 POINTS = 61
+LAYERS = LinearSegmentedColormap.from_list("layers", [SERIES[0], SERIES[3], SERIES[2]])
 
 
 def histograms(layers: Sequence[Mapping[str, Any]]) -> Figure:
@@ -26,7 +27,7 @@ def histograms(layers: Sequence[Mapping[str, Any]]) -> Figure:
         for row, layer in enumerate(chosen):
             xs, ys = _density(layers[layer], low, high)
             base = len(chosen) - 1 - row
-            top = base + 1.35 * ys / max(float(ys.max()), 1e-12)
+            top = base + 0.92 * ys / max(float(ys.max()), 1e-12)
             colour = _shade(row, len(chosen))
             axes.fill_between(xs, base, top, color=colour, alpha=0.55, linewidth=0, zorder=row + 2)
             axes.plot(xs, top, color=colour, linewidth=1.0, zorder=row + 2)
@@ -87,5 +88,5 @@ def _density(layer: Mapping[str, Any], low: float, high: float) -> tuple[np.ndar
 
 
 def _shade(row: int, count: int) -> Any:
-    """Go from blue to orange over the layers, nowhere too light or too dark."""
-    return colormaps["coolwarm"](0.05 + 0.9 * row / max(count - 1, 1))
+    """Go from blue to orange over the layers."""
+    return LAYERS(row / max(count - 1, 1))

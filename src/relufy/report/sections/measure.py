@@ -118,7 +118,7 @@ def _union(site: str, by_count: Mapping[str, list[float]]) -> Curve:
 
 def _neurons(found: Mapping[str, Any]) -> list[Figure]:
     neurons = (found.get("neurons") or {}).get("neuron")
-    if not neurons:
+    if not neurons or not max(found["sparsity"]["neuron"]):
         return []
     lines = {"zeros": found["sparsity"]["neuron"], "zeros of live ones": neurons["live_sparsity"]}
     lines["dead neurons"] = neurons["dead"]
