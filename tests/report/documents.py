@@ -142,9 +142,8 @@ def doctor() -> dict[str, Any]:
 
     sweep = {"levels": [0.5, 0.9], "rise": [0.01, 0.2], "rise_of_random": [4.0, None]}
     sweep |= {"knee": 0.5, "own_zeros": 0.0, "control": {"model": "relu", "rise": [0.0, 0.1]}}
-    balance = dict.fromkeys(
-        ("sparsity_at_universal_epsilon", "sparsity_at_equal_cett", "dead_share"), [0.5] * 3
-    )
+    names = ("sparsity_at_universal_epsilon", "sparsity_at_equal_cett", "dead_share")
+    balance: dict[str, Any] = dict.fromkeys(names, [0.5] * 3) | {"cett_target": 0.2}
     written: dict[str, Any] = {
         "new_tokens": 3,
         "prompts": 2,
@@ -158,21 +157,8 @@ def doctor() -> dict[str, Any]:
         Finding("first_tokens", "First", "good", "No sink", {"attention_on_first": [0.1, 0.2, 0.3]}),
         Finding("keys_and_values", "Keys", "unchecked", "Not checked on MptForCausalLM"),
     )
-    found = Diagnosis(
-        "my-model",
-        "LlamaForCausalLM",
-        "silu",
-        None,
-        8,
-        64,
-        40.0,
-        findings,
-        (),
-        ("relufy compare",),
-        (),
-        1.0,
-        {},
-    )
+    about = ("my-model", "LlamaForCausalLM", "silu", None, 8, 64, 40.0)
+    found = Diagnosis(*about, findings, (), ("relufy compare",), (), 1.0, {})
     return json.loads(json.dumps(found.to_json()))
 
 
