@@ -36,6 +36,7 @@ def show_decode(found: Found) -> Shown:
     bound, reached = found["bound_vs_dense"], found["fraction_of_bound"]
     facts = [
         ("bound by bytes", f"{bound:.2f}x own dense, {reached:.3f} of it reached"),
+        *_reuse(found),
         *_ratios(found),
         *_checks(found),
         ("peak memory / (file + keys and values)", _ratio(found["peak_resident_share"])),
@@ -177,10 +178,17 @@ def _contenders(found: Found, columns: Callable[[float, float | None], list[str]
     others = found["llama_cpp_tokens_per_second_by_type"]
     speeds = [
         ("relufy, sparse", found["tokens_per_second"], found["bytes_per_token"]),
+        *_exact(found),
         ("relufy, own dense", dense, found["dense_bytes_per_token"]),
         *((f"llama.cpp {kind}", speed, None) for kind, speed in others.items()),
     ]
     return [[name, f"{s:.2f}", f"{s / dense:.2f}", *columns(s, read)] for name, s, read in speeds]
+
+
+def _exact(found: Found) -> list[tuple[str, float, float | None]]:
+    if "reuse" not in found:
+        return []
+    return [("relufy, exact", found["exact_tokens_per_second"], found["exact_bytes_per_token"])]
 
 
 def _ratios(found: Found) -> list[tuple[str, str]]:
@@ -189,6 +197,17 @@ def _ratios(found: Found) -> list[tuple[str, str]]:
         ("own dense x llama.cpp", _ratio(found["dense_speedup_vs_llama_cpp"])),
         ("density", _sites(found["density"])),
     ]
+
+
+def _reuse(found: Found) -> list[tuple[str, str]]:
+    if "reuse" not in found:
+        return []
+    figures = found["reuse"]
+    frozen, tokens = figures["frozen_tokens"], figures["frozen_tokens"] + figures["open_tokens"]
+    words = (
+        f"{frozen:g} of {tokens:g} tokens frozen, {figures['candidate_share']:.3f} of the neurons candidates"
+    )
+    return [("reuse, not exact", f"{words}, {figures['fired_share']:.3f} active")]
 
 
 def _checks(found: Found) -> list[tuple[str, str]]:

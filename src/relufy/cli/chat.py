@@ -22,6 +22,9 @@ from relufy.cli.options import (
     Policy,
     PresencePenalty,
     RepetitionPenalty,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
     Seed,
     Speculative,
     Stop,
@@ -30,6 +33,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_reuse,
     parse_speculation,
 )
 from relufy.cli.output import note, note_ignored
@@ -58,6 +62,9 @@ def command(
     stop: Stop = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
     speculative: Speculative = None,
     gamma: Gamma = None,
     min_probability: MinProbability = None,
@@ -92,7 +99,14 @@ def command(
         "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
     }
     engine = Engine(
-        model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
+        model,
+        threads=threads,
+        context=context,
+        kv_dtype=kv_dtype,
+        load=no_mmap,
+        dtype=dtype,
+        mlock=mlock,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
     )
     options: Any = engine.recommended_options() | {k: v for k, v in given.items() if v is not None}
     conversation = Conversation(engine, source, system, max_new_tokens, options)
