@@ -71,6 +71,29 @@ def overtime() -> dict[str, Any]:
     }
 
 
+def reuse() -> dict[str, Any]:
+    rows = [
+        {
+            "label": f"{policy}, period {period}",
+            "reuse": {"policy": policy, "period": period, "is_control": policy == "blocks"},
+            "perplexity": 41.0 + period,
+            "bytes_per_token": 8e6 - 1e5 * period,
+            "bytes_vs_exact": 0.9,
+            "tokens_per_second": None,
+        }
+        for policy in ("window", "blocks")
+        for period in (2, 8)
+    ]
+    return heading("relufy.measure.reuse") | {
+        "model": "my-model",
+        "tokens": 512,
+        "windows": 4,
+        "exact": {"perplexity": 40.0, "bytes_per_token": 8e6},
+        "settings": rows,
+        "definitions": {"period": "tokens"},
+    }
+
+
 def compare() -> dict[str, Any]:
     def outcome(sparsity: float, value: float | None) -> dict[str, Any]:
         names = ("intrinsic_zero_fraction", "cett_sparsity", "gate_only_sparsity", "model_level_sparsity")
@@ -178,7 +201,7 @@ def training() -> str:
 
 def write_all(folder: Path) -> list[Path]:
     """Write one result of each kind, and return the files."""
-    made = {f.__name__: f() for f in (measure, overtime, compare, evaluation, bench, doctor)}
+    made = {f.__name__: f() for f in (measure, overtime, reuse, compare, evaluation, bench, doctor)}
     for name, document in made.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
     (folder / "run").mkdir()

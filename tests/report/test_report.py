@@ -160,7 +160,7 @@ def test_what_is_no_result_is_refused_by_name(
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("kind", ["measure", "compare", "evaluation", "bench", "doctor"])
+@pytest.mark.parametrize("kind", ["measure", "overtime", "reuse", "compare", "evaluation", "bench", "doctor"])
 def test_every_missing_part_is_a_refusal_not_a_crash(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

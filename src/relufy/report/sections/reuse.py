@@ -1,14 +1,14 @@
 """`relufy measure reuse`: what the engine's reuse of neurons costs in quality, and what it leaves unread."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from relufy.report.content import Figure, Section, Table, number
+from relufy.report.content import Figure, Section, Table
 from relufy.report.lines import Curve, curves
 from relufy.report.run import Run
 from relufy.report.sections import overtime
-from relufy.report.sections.cells import cell, flat
+from relufy.report.sections.cells import cell
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,28 +30,52 @@ def section(run: Run) -> Section:
     )
 
 
+COLUMNS = {
+    "perplexity": "perplexity",
+    "perplexity_change_percent": "change, %",
+    "standard_error_percent": "s.e., %",
+    "bytes_vs_exact": "bytes / exact",
+    "candidate_share": "candidates",
+    "fired_share": "fired",
+    "tokens_per_second": "tokens/s",
+    "speedup_vs_exact": "x exact",
+    "speedup_vs_dense": "x dense",
+}
+
+
 def _table(rows: Rows) -> Table:
-    plain = [flat(row) for row in rows]
-    columns = list(dict.fromkeys(key for row in plain for key in row if any(r.get(key) is not None for r in plain)))
-    return Table("Settings", columns, [[cell(row.get(column)) for column in columns] for row in plain])
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    cells = [[row["label"], *(cell(row.get(name)) for name in names)] for row in rows]
+    return Table("Settings", ["setting", *(COLUMNS[name] for name in names)], cells)
 
 
 def _figures(found: Mapping[str, Any]) -> list[Figure]:
-    """Draw perplexity over gamma and over the bytes that are read, a line for each policy."""
+    """Draw perplexity over the period and over the bytes that are read, a line for each policy."""
     by_policy: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in found["settings"]:
-        by_policy[f"{row['policy']}, control" if row["is_control"] else row["policy"]].append(row)
-    exact = found["exact"]
-    level = (f"exact {number(exact['perplexity'])}", exact["perplexity"])
-    over_gamma = [_curve(name, rows, lambda row: row["gamma"]) for name, rows in by_policy.items()]
-    over_bytes = [_curve(name, rows, lambda row: row["bytes_per_token"] / 1e6) for name, rows in by_policy.items()]
-    control = "A control reuses as many neurons, drawn at random."
-    return [
-        curves("Perplexity over gamma", over_gamma, "gamma, tokens", "perplexity", control, True, level=level),
-        curves("Perplexity over bytes", over_bytes, "MB read for a token", "perplexity", control, level=level),
-    ]
+        own = row["reuse"]
+        by_policy[f"{own['policy']}, random sets" if own["is_control"] else own["policy"]].append(row)
+    exact = found["exact"]["perplexity"]
+    figures = []
+    for title, x, place, is_log in (
+        ("Perplexity over the period", "period, tokens", _period, True),
+        ("Perplexity over bytes", "MB read for a token", _megabytes, False),
+    ):
+        lines = [_curve(name, rows, place) for name, rows in by_policy.items()]
+        caption = "Random sets hold as many neurons as the window does."
+        level = (f"exact {exact:.2f}", exact)
+        figures.append(curves(title, lines, x, "perplexity", caption, is_log, level=level))
+    return figures
 
 
-def _curve(name: str, rows: Rows, place: Any) -> Curve:
+def _period(row: Mapping[str, Any]) -> float:
+    return row["reuse"]["period"]
+
+
+def _megabytes(row: Mapping[str, Any]) -> float:
+    return row["bytes_per_token"] / 1e6
+
+
+def _curve(name: str, rows: Rows, place: Callable[[Mapping[str, Any]], float]) -> Curve:
     points = sorted((place(row), row["perplexity"]) for row in rows)
     return Curve(name, [x for x, _ in points], [y for _, y in points], marker="o")
