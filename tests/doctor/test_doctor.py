@@ -10,7 +10,7 @@ from tests.families import family
 from relufy.cli.main import run
 from relufy.doctor.expectation import weights_unread
 from relufy.doctor.expectations import expectations
-from relufy.measure.definitions import site_weights
+from relufy.measure.site_weights import site_weights
 
 CHECKS = ["activation", "layers", "prediction", "heads", "keys_and_values", "sweep", "generation"]
 CHECKS += ["first_tokens"]

@@ -12,7 +12,12 @@ from relufy.report.report import make_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+FLAGS += [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--enable-logging=stderr",
+    "--hide-scrollbars",
+]
 PROBE = """
 <iframe id=page style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe><p id=found></p>
 <script>

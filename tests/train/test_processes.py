@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from together import run_together
 
 from families import family
 from relufy.cli.quiet import quiet_libraries
@@ -19,10 +18,7 @@ from relufy.errors import UserError
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
-from relufy.recipe import Finetune, Lora, Penalty
-from relufy.train.checkpoints import checkpoint_folder, last_checkpoint
-from relufy.train.finetune import finetune
-from relufy.train.processes import (
+from relufy.processes import (
     is_main,
     join_processes,
     leave_processes,
@@ -30,8 +26,12 @@ from relufy.train.processes import (
     num_processes,
     wait_for_all,
 )
+from relufy.recipe import Finetune, Lora, Penalty
+from relufy.train.checkpoints import checkpoint_folder, last_checkpoint
+from relufy.train.finetune import finetune
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer
+from together import run_together
 
 STEERED = Penalty(strength=(0.0, 1.0, 1.0), until=(0.2, 0.7, 1.0), target=0.8)
 SETTINGS = Finetune(

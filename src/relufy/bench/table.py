@@ -121,6 +121,21 @@ def show_crossover(found: Found) -> Shown:
     return Shown(title, names, rows, [("this was", when), ("machine", _machine_name(found["machine"]))])
 
 
+def show_measure(found: Found) -> Shown:
+    """Return tokens/s of plain forward passes and of those that are measured, and the time over plain."""
+    plain, measured = found["plain_tokens_per_second"], found["tokens_per_second"]
+    rows = [["plain forward, with losses", f"{plain:,.0f}", "1.00x"]]
+    rows.append(["relufy measure's pass", f"{measured:,.0f}", f"{found['overhead']:.2f}x"])
+    machine, options = found["machine"], found["options"]
+    facts = [
+        ("parameters", f"{found['parameters']:,}, stage {options['stage']}, on {options['device']}"),
+        ("threads", str(found["threads"])),
+        ("machine", f"{machine['processor']}, {machine['cores']} cores"),
+        ("busy", "yes" if machine["was_busy"] else "no"),
+    ]
+    return Shown(f"measure: {found['label']}", ["", "tokens/s", "time over plain"], rows, facts)
+
+
 def show_speculative(found: Found) -> Shown:
     """Return acceptance, union sparsity, tokens/s and gains beside theory's, by gamma."""
 
@@ -145,8 +160,10 @@ def show_speculative(found: Found) -> Shown:
         ("the same over plain sparse, if tokens chose neurons independently", each(_at_random)),
         ("bound by bytes over plain sparse", each(lambda f: _ratio(f["bound_vs_sparse"]))),
         ("a drafted token, in dense tokens of time", each(lambda f: f"{f['draft_cost']:.3f}")),
+        ("a drafted token, in dense tokens of bytes", each(lambda f: f"{f['draft_bytes']:.3f}")),
         ("a verification, in dense tokens of time", each(lambda f: f"{f['verify_cost']:.2f}")),
         ("best gamma by theory", f"{best['gamma']}, {best['speedup_vs_sparse']:.2f}x plain sparse"),
+        ("no gamma and no alpha passes, at this cost of a draft", f"{_ratio(best['limit_vs_sparse'])}x"),
         ("texts equal to plain decoding's", each(lambda f: f"{f['same_texts']:.0%}")),
         ("density", _sites(found["density"])),
         ("bytes skipped by one token", f"{found['bytes_skipped']:.3f}"),
@@ -169,6 +186,7 @@ VIEWS: dict[str, Callable[[Found], Shown]] = {
     "speculative": show_speculative,
     "kernels": show_kernels,
     "crossover": show_crossover,
+    "measure": show_measure,
 }
 
 

@@ -83,6 +83,7 @@ def command(
     from relufy.engine.conversation import Conversation
 
     source = _template(template, plain)
+    speculation = parse_speculation(speculative, gamma, min_probability, adaptive)
     given = {
         "temperature": temperature,
         "top_k": top_k,
@@ -96,7 +97,7 @@ def command(
         "stop": stop,
         "context_policy": context_policy,
         "keep": keep,
-        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
+        "speculation": speculation,
     }
     engine = Engine(
         model,
@@ -107,6 +108,7 @@ def command(
         dtype=dtype,
         mlock=mlock,
         reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        for_reuse=speculation is not None and speculation.is_self,
     )
     options: Any = engine.recommended_options() | {k: v for k, v in given.items() if v is not None}
     conversation = Conversation(engine, source, system, max_new_tokens, options)

@@ -86,6 +86,7 @@ def command(
 
     if logprobs is not None and not json:
         raise UserError("--logprobs is told with --json only; add it")
+    speculation = parse_speculation(speculative, gamma, min_probability, adaptive)
     options: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -100,7 +101,7 @@ def command(
         "logprobs": logprobs,
         "context_policy": context_policy,
         "keep": keep,
-        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
+        "speculation": speculation,
     }
     engine = Engine(
         model,
@@ -111,6 +112,7 @@ def command(
         dtype=dtype,
         mlock=mlock,
         reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        for_reuse=speculation is not None and speculation.is_self,
     )
     generation = engine.generate(prompt, max_new_tokens, **options)
     if not quiet:

@@ -116,8 +116,8 @@ Speculative = Annotated[
     str | None,
     typer.Option(
         "--speculative",
-        metavar="DRAFT|lookup",
-        help="Who proposes tokens that the model verifies together: a smaller model, or the text so far.",
+        metavar="DRAFT|lookup|self",
+        help="Who proposes tokens that the model verifies together: a smaller model, the text, or itself.",
     ),
 ]
 Gamma = Annotated[

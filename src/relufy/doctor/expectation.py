@@ -9,7 +9,7 @@ from relufy.doctor.patient import Patient
 from relufy.engine.spec import DecoderSpec, decoder_spec
 from relufy.errors import UserError
 from relufy.measure.bytes_read import Packing, bytes_engine
-from relufy.measure.definitions import site_weights
+from relufy.measure.site_weights import site_weights
 
 Shares = Mapping[str, Sequence[float]]
 """Site -> the share of zeros, one value per layer."""

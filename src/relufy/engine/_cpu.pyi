@@ -95,6 +95,7 @@ class Speculator:
         is_adaptive: bool,
         least_probability: float,
         least_match: int,
+        window: int,
     ) -> None: ...
     def read(self, sequence: int, next: int) -> None: ...
     def decode(

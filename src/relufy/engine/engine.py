@@ -30,8 +30,9 @@ class Engine(CpuEngine):
 
     `model` is a packed file, a checkpoint folder, "bundled" or a hub id; `dtype` is the type of the weights
     that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). `reuse`, if generations are not told
-    otherwise, lets their tokens reuse neurons. See CpuEngine for the other arguments and the interface by
-    tokens. Raises UserError if it can't be run.
+    otherwise, lets their tokens reuse neurons; `for_reuse` packs a checkpoint so that they could, which a
+    model that drafts for itself needs. See CpuEngine for the other arguments and the interface by tokens.
+    Raises UserError if it can't be run.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class Engine(CpuEngine):
         mlock: bool = False,
         threads_of: CpuEngine | None = None,
         reuse: Reuse | int | None = None,
+        for_reuse: bool = False,
     ):
         path = Path(model)
         if is_packed_file(path):
             if dtype is not None:
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
-            path = packed_model(model, dtype or "f32", for_=purpose_of(model, reuse is not None))
+            path = packed_model(model, dtype or "f32", for_=purpose_of(model, for_reuse or reuse is not None))
         super().__init__(path, threads, context, skip, kv_dtype, load, mlock, threads_of)
         self.reuse = None if reuse is None else as_reuse(reuse)
         if self.reuse:
@@ -126,9 +128,8 @@ class Engine(CpuEngine):
         """
         if speculation is None:
             return None
-        return Speculator(
-            self, speculation, None if speculation.is_lookup else self._draft(speculation.draft)
-        )
+        has_draft = not (speculation.is_lookup or speculation.is_self)
+        return Speculator(self, speculation, self._draft(speculation.draft) if has_draft else None)
 
     def _draft(self, draft: str | Path | CpuEngine) -> CpuEngine:
         if isinstance(draft, CpuEngine):

@@ -86,6 +86,8 @@ class Request:
             raise UserError(
                 f"there is no context policy {self.context_policy!r}{suggest(self.context_policy, known)}"
             )
+        if self.reuse and self.speculation:
+            raise UserError("reuse is not exact, and speculation verifies exactly; choose one of the two")
         if self.keep < 0:
             raise UserError(f"keep must be 0 or more tokens, found {self.keep}")
         if not self.prompt_ids:
