@@ -24,7 +24,7 @@ def test_neurons_that_always_matter_are_predicted() -> None:
     """Planted: in every layer the same neurons have large columns of down."""
     model = llama()
     for layer in model.model.layers:
-        layer.mlp.down_proj.weight[:, 22:] *= 1e-4
+        layer.mlp.down_proj.weight[:, 21:] *= 1e-4
     figures = prediction.check(patient_of(model, wrote_it=True)).figures
     assert min(figures["recall"]) > 0.95 and min(figures["precision"]) > 0.95
     assert figures["predicted"]["nats_more"] < 0.05 * figures["random"]["nats_more"]
