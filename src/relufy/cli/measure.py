@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from relufy.cli import measure_overtime
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json, print_table, result
@@ -88,3 +89,4 @@ def _costs(found: "DenseSparse | None", unit: float, name: str) -> list[str]:
 
 
 # Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.
+app.command("overtime")(measure_overtime.command)
