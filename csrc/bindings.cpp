@@ -1,33 +1,22 @@
 // The Python module relufy.engine._cpu: the engine's interface, numpy arrays in and out, the GIL released
 // while it works or waits.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
+#include "bindings.h"
 
 #include <utility>
 
 #include "bandwidth.h"
-#include "engine.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
+using namespace nanobind::literals;
+using namespace relufy::bindings;
 
 namespace {
 
-using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitsArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutRow = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bias = std::vector<std::pair<int32_t, float>>;
 using Length = std::optional<size_t>;
-using Ids = std::vector<int32_t>;
 using Released = nb::call_guard<nb::gil_scoped_release>;  // every call waits for the step that is under way
-
-// A copy, for the caller may write to its arrays while the GIL is released.
-Ids copied(const Tokens& tokens) { return {tokens.data(), tokens.data() + tokens.size()}; }
 
 relufy::Logits parse_logits(const std::string& name) {
   if (name == "none") return relufy::Logits::none;
@@ -57,32 +46,7 @@ nb::dict stats(relufy::Engine& engine) {
     nb::gil_scoped_release release;
     s = engine.stats();
   }
-  nb::dict result, used, together;
-  result["tokens"] = s.tokens;
-  result["reused"] = s.reused;
-  result["weight_bytes"] = s.weight_bytes;
-  result["kv_bytes"] = s.kv_bytes;
-  for (size_t site = 0; site < relufy::kNumSites; ++site) {
-    std::vector<uint64_t> of_tokens, of_steps;
-    for (const relufy::Use& use : s.used[site]) {
-      of_tokens.push_back(use.by_token);
-      of_steps.push_back(use.together);
-    }
-    used[relufy::kSiteNames[site]] = of_tokens;
-    together[relufy::kSiteNames[site]] = of_steps;
-  }
-  result["used"] = used;
-  result["used_together"] = together;
-  result["limited"] = s.limited;
-  std::vector<uint64_t> candidates, read;
-  for (const relufy::Use& use : s.candidates) {
-    candidates.push_back(use.by_token);
-    read.push_back(use.together);
-  }
-  result["candidates"] = candidates;
-  result["candidates_together"] = read;
-  result["fired"] = s.fired;
-  return result;
+  return as_dict(s);
 }
 
 relufy::Dtype parse_dtype(const std::string& name) {
@@ -111,13 +75,6 @@ void make_sampling(relufy::Sampling* self, double temperature, size_t top_k, dou
                        frequency_penalty, logit_bias, seed};
 }
 
-// (token, logprob, top), as relufy.engine.sampling.Chosen has them.
-nb::tuple as_tuple(const relufy::Choice& choice) {
-  nb::list top;
-  for (auto [token, logprob] : choice.top) top.append(nb::make_tuple(token, logprob));
-  return nb::make_tuple(choice.token, choice.logprob, nb::tuple(top));
-}
-
 nb::list decode(relufy::Engine& engine, relufy::SequenceId sequence, Tokens tokens, size_t count,
                 Tokens stops, const relufy::Sampling& sampling, size_t logprobs) {
   Ids ids = copied(tokens), ends = copied(stops);
@@ -126,9 +83,7 @@ nb::list decode(relufy::Engine& engine, relufy::SequenceId sequence, Tokens toke
     nb::gil_scoped_release release;
     chosen = engine.decode(sequence, ids, count, ends, sampling, logprobs);
   }
-  nb::list result;
-  for (const relufy::Choice& choice : chosen) result.append(as_tuple(choice));
-  return result;
+  return as_list(chosen);
 }
 
 void check_row(const relufy::Engine& engine, size_t size) {
@@ -195,6 +150,35 @@ double measure_crossover(const std::string& kernel, const std::string& dtype, si
 
 }  // namespace
 
+nb::dict relufy::bindings::as_dict(const Stats& s) {
+  nb::dict result, used, together;
+  result["tokens"] = s.tokens;
+  result["reused"] = s.reused;
+  result["weight_bytes"] = s.weight_bytes;
+  result["kv_bytes"] = s.kv_bytes;
+  for (size_t site = 0; site < kNumSites; ++site) {
+    std::vector<uint64_t> of_tokens, of_steps;
+    for (const Use& use : s.used[site]) {
+      of_tokens.push_back(use.by_token);
+      of_steps.push_back(use.together);
+    }
+    used[kSiteNames[site]] = of_tokens;
+    together[kSiteNames[site]] = of_steps;
+  }
+  result["used"] = used;
+  result["used_together"] = together;
+  result["limited"] = s.limited;
+  std::vector<uint64_t> candidates, read;
+  for (const Use& use : s.candidates) {
+    candidates.push_back(use.by_token);
+    read.push_back(use.together);
+  }
+  result["candidates"] = candidates;
+  result["candidates_together"] = read;
+  result["fired"] = s.fired;
+  return result;
+}
+
 NB_MODULE(_cpu, m) {
   nb::exception<relufy::FileError>(m, "FileError", PyExc_ValueError);
   nb::exception<relufy::OutOfKv>(m, "OutOfKv", PyExc_RuntimeError);
@@ -205,10 +189,12 @@ NB_MODULE(_cpu, m) {
       .def(
           "__init__",
           [](relufy::Engine* self, const std::string& path, size_t threads, size_t context, bool skip,
-             const std::string& kv_dtype, bool load, bool mlock) {
-            new (self) relufy::Engine(path, parse_options(threads, context, skip, kv_dtype, load, mlock));
+             const std::string& kv_dtype, bool load, bool mlock, const relufy::Engine* threads_of) {
+            new (self) relufy::Engine(path, parse_options(threads, context, skip, kv_dtype, load, mlock),
+                                      threads_of ? threads_of->thread_pool() : nullptr);
           },
-          "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a)
+          "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a,
+          "threads_of"_a.none())
       .def(
           "new_sequence", [](relufy::Engine& e, size_t prompt) { return e.new_sequence(prompt); },
           "prompt_length"_a, Released())
@@ -237,6 +223,7 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("isa", &relufy::Engine::isa)
       .def_prop_ro("vocab_size", [](const relufy::Engine& e) { return e.decoder().vocab_size; })
       .def_prop_ro("max_context", [](const relufy::Engine& e) { return e.decoder().max_context; });
+  bind_speculator(m);
   m.def("isa", [] { return relufy::kernels().name; });
   m.def("read_bandwidth", &relufy::read_bandwidth, nb::call_guard<nb::gil_scoped_release>(), "threads"_a,
         "bytes"_a, "seconds"_a);

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace relufy {
 namespace {
@@ -16,7 +17,7 @@ bool has_phases(const Decoder& decoder) {
 
 }  // namespace
 
-Engine::Engine(const std::string& path, Options options)
+Engine::Engine(const std::string& path, Options options, std::shared_ptr<ThreadPool> threads)
     : file_(path, options.memory, options.locks_memory),
       decoder_(file_),
       kernels_(kernels()),
@@ -24,7 +25,9 @@ Engine::Engine(const std::string& path, Options options)
       skip_(options.skip),
       kv_({decoder_.num_layers, decoder_.num_kv_heads, decoder_.head_dim}, context_, options.kv_dtype,
           has_phases(decoder_)),
-      pool_(std::max<size_t>(1, options.threads)),
+      shared_pool_(threads ? std::move(threads)
+                           : std::make_shared<ThreadPool>(std::max<size_t>(1, options.threads))),
+      pool_(*shared_pool_),
       sampler_(decoder_.vocab_size) {
   allocate();
 }
@@ -98,6 +101,11 @@ std::string Engine::refuses_candidates() const {
 size_t Engine::length(SequenceId id) {
   std::lock_guard lock(mutex_);
   return kv_.length(id);
+}
+
+size_t Engine::prompt_length(SequenceId id) {
+  std::lock_guard lock(mutex_);
+  return kv_.prompt_length(id);
 }
 
 size_t Engine::free_positions() {

@@ -78,10 +78,12 @@ struct Stats {
 
 class Engine {
  public:
-  Engine(const std::string& path, Options options);
+  // With another engine's threads, both take turns at them, and Options::threads counts for nothing.
+  Engine(const std::string& path, Options options, std::shared_ptr<ThreadPool> threads = nullptr);
 
   const Decoder& decoder() const { return decoder_; }
   size_t threads() const { return pool_.size(); }
+  const std::shared_ptr<ThreadPool>& thread_pool() const { return shared_pool_; }
   size_t context() const { return context_; }
   size_t free_positions();  // of the context, in whole blocks that no sequence holds
   const char* isa() const { return kernels_.name; }
@@ -104,6 +106,7 @@ class Engine {
   void truncate(SequenceId id, size_t length);
   void free(SequenceId id);
   size_t length(SequenceId id);
+  size_t prompt_length(SequenceId id);
   std::vector<int32_t> tokens(SequenceId id);
 
   // Fills an empty sequence with as many of the first tokens as lie in full blocks of other sequences, past
@@ -290,7 +293,8 @@ class Engine {
   bool skip_;
   KvCache kv_;
   std::map<SequenceId, std::unique_ptr<ActiveSetPolicy>> policies_;  // of those that have one
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> shared_pool_;
+  ThreadPool& pool_;
   std::mutex mutex_;
 
   size_t width_, query_width_, key_width_, neuron_width_;  // padded

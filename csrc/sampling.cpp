@@ -35,6 +35,20 @@ double uniform(uint64_t seed, uint64_t position) {
   return static_cast<double>(mix(mix(seed) + position * 0x9E3779B97F4A7C15u) >> 11) * 0x1p-53;
 }
 
+int32_t draw(std::span<const float> weights, double u) {
+  double target = 0.0;
+  for (float weight : weights) target += weight;
+  target *= u;
+  int32_t token = 0;  // the last one that can be, if roundings lead past it
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i] == 0.0f) continue;
+    token = static_cast<int32_t>(i);
+    target -= weights[i];
+    if (target < 0.0) break;
+  }
+  return token;
+}
+
 Sampler::Sampler(size_t vocab_size)
     : vocab_size_(vocab_size),
       adjusted_(vocab_size),
@@ -251,6 +265,12 @@ Choice Sampler::choose(const float* logits, const Sampling& s, const Past& past,
   }
   choice.logprob = static_cast<float>(logits[choice.token] - log_total);
   return choice;
+}
+
+Choice Sampler::describe(const float* logits, int32_t token, size_t num_logprobs) {
+  float most = scan(logits).logit;
+  double log_total = most + std::log(sum(logits, most, 1.0f, Cut{}));
+  return {token, static_cast<float>(logits[token] - log_total), top(logits, num_logprobs, log_total)};
 }
 
 void Sampler::probabilities(const float* logits, const Sampling& s, const Past& past, float* out) {

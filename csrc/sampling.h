@@ -49,6 +49,10 @@ struct Choice {
 // Random numbers in [0, 1), a function of their arguments.
 double uniform(uint64_t seed, uint64_t position);
 
+// The token at which the sum of weights, in ascending order, passes the share `u` of their total: of weights
+// that are at least 0, not all of them 0.
+int32_t draw(std::span<const float> weights, double u);
+
 // With scratch memory for one vocabulary; for one thread at a time.
 class Sampler {
  public:
@@ -59,6 +63,9 @@ class Sampler {
 
   // Both throw std::invalid_argument if a logit is not a number (or +infinity), or if no token is left.
   Choice choose(const float* logits, const Sampling& sampling, const Past& past, size_t num_logprobs = 0);
+
+  // A token that was chosen by other means, with what `choose` tells of it.
+  Choice describe(const float* logits, int32_t token, size_t num_logprobs = 0);
 
   // The distribution that `choose` draws from: vocab_size floats that sum to 1.
   void probabilities(const float* logits, const Sampling& sampling, const Past& past, float* out);

@@ -41,6 +41,7 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run_erased(Erased function, void* context) {
+  std::lock_guard lock(running_);
   function_ = function;
   context_ = context;
   first_phase_ = static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32);

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -28,8 +29,8 @@ class ThreadPool {
   size_t size() const { return workers_.size() + 1; }
 
   // Runs body(team) on the caller's thread and on those of the others that are free, and returns when all its
-  // phases are done. Only the tasks may have effects: a thread may run the body late, or again. It must not
-  // throw.
+  // phases are done; callers queue. Only the tasks may have effects: a thread may run the body late, or
+  // again. It must not throw.
   template <class Body>
   void run(Body&& body) {
     run_erased([](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
@@ -46,6 +47,7 @@ class ThreadPool {
   void work(size_t thread);
   uint32_t epoch_after(uint32_t seen);
 
+  std::mutex running_;
   std::vector<std::thread> workers_;
   Erased function_ = nullptr;
   void* context_ = nullptr;

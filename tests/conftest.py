@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.checkpoints", "tests.bench.made_up"]
+pytest_plugins = ["tests.checkpoints", "tests.bench.made_up", "tests.evaluation.local_tasks"]
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLED = REPOSITORY / "src" / "relufy" / "assets" / "llama-prose-3m"

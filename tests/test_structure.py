@@ -29,20 +29,32 @@ BASE = {
     "plot_style",
 }
 WINGS_BELOW = {
-    "cli": {"demo", "serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
+    "cli": {
+        "demo",
+        "serve",
+        "bench",
+        "report",
+        "methods",
+        "train",
+        "evaluation",
+        "measure",
+        "engine",
+        "model",
+    },
     "demo": {"serve", "bench", "report", "methods", "train", "measure", "engine", "model"},
     "serve": {"methods", "train", "measure", "engine", "model"},
     "bench": {"methods", "train", "measure", "engine", "model"},
     "report": {"methods", "train", "measure", "engine", "model"},
     "methods": {"measure", "engine", "model"},
     "train": {"methods", "measure", "engine", "model"},
+    "evaluation": {"measure", "engine", "model"},
     "measure": {"engine", "model"},
     "engine": set(),
     "model": set(),
 }
 """What each wing may import of the other wings, besides the base files."""
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib"}
-TORCH_SIDE = {"model", "methods", "train", "measure", "demo"}
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "lm_eval", "scipy"}
+TORCH_SIDE = {"model", "methods", "train", "evaluation", "measure", "demo"}
 HELP_SECONDS = 0.4
 
 

@@ -43,6 +43,15 @@ def sample_windows(
     return np.stack([window for _, window in sorted(drawn, key=lambda pair: pair[0])])
 
 
+def text_pieces(paths: Sequence[Path | str], tokenizer: Any = None) -> Iterator[str]:
+    """Yield the text of files as `sample_windows` reads them, in pieces of about PIECE characters.
+
+    Without a tokenizer, files of chats are refused. Raises UserError.
+    """
+    for path in map(Path, paths):
+        yield from _pieces(path, tokenizer)
+
+
 def _windows(paths: Sequence[Path | str], tokenizer: Any, length: int) -> Iterator[np.ndarray]:
     bos = tokenizer.bos_token_id
     start = [] if bos is None else [bos]

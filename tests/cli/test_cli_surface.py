@@ -7,7 +7,7 @@ from relufy.cli.main import app, run
 
 CHOICE = (
     "--temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty"
-    " --logit-bias --seed --stop --context-policy --keep"
+    " --logit-bias --seed --stop --context-policy --keep --speculative --gamma --min-probability --adaptive"
 )
 OPENING = "--threads --context --dtype --kv-dtype --mlock --no-mmap --load"
 
@@ -31,6 +31,8 @@ SURFACE = {
     " --calibration-tokens --set --no-controls --speed --threads --dtype --seed --allow-same-text -o --output"
     " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
+    "eval": "model --before --text --tasks --task-folder --backend --limit --num-fewshot --batch-size"
+    " --window --max-windows --dtype --threads --device -o --output --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",

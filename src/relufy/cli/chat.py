@@ -6,13 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from relufy.cli.options import (
+    Adaptive,
     Context,
     Dtype,
     FrequencyPenalty,
+    Gamma,
     Keep,
     KvDtype,
     LogitBias,
     MinP,
+    MinProbability,
     Mlock,
     ModelOrFile,
     NoMmap,
@@ -20,12 +23,14 @@ from relufy.cli.options import (
     PresencePenalty,
     RepetitionPenalty,
     Seed,
+    Speculative,
     Stop,
     Temperature,
     Threads,
     TopK,
     TopP,
     parse_logit_bias,
+    parse_speculation,
 )
 from relufy.cli.output import note, note_ignored
 from relufy.errors import UserError
@@ -53,6 +58,10 @@ def command(
     stop: Stop = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    speculative: Speculative = None,
+    gamma: Gamma = None,
+    min_probability: MinProbability = None,
+    adaptive: Adaptive = False,
     threads: Threads = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -80,6 +89,7 @@ def command(
         "stop": stop,
         "context_policy": context_policy,
         "keep": keep,
+        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
     }
     engine = Engine(
         model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
@@ -105,6 +115,7 @@ def _template(file: Path | None, plain: bool) -> str | None:
 
 
 def _greeting(name: str, options: dict[str, Any]) -> str:
-    settings = [f"{key} {value}" for key, value in options.items() if value not in ({}, [])]
+    shown = {key: value for key, value in options.items() if key != "speculation"}
+    settings = [f"{key} {value}" for key, value in shown.items() if value not in ({}, [])]
     how = ", ".join(settings) if options.get("temperature") else "the most likely token each time"
     return f"{name}: {how}. /help shows the commands, Ctrl-D leaves."

@@ -174,6 +174,8 @@ def stats_text(stats: GenerationStats, conversation: Conversation) -> str:
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s; "
         f"ended by {stats.finish_reason}",
     ]
+    if stats.speculation:
+        lines.append(stats.speculation.summary())
     if stats.num_slides or stats.dropped_tokens:
         lines.append(
             f"the context slid {stats.num_slides} times; {stats.dropped_tokens} of the prompt's tokens did "

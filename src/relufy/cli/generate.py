@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relufy.cli.options import (
+    Adaptive,
     Context,
     Dtype,
     FrequencyPenalty,
+    Gamma,
     Json,
     Keep,
     KvDtype,
     LogitBias,
     MinP,
+    MinProbability,
     Mlock,
     ModelOrFile,
     NoMmap,
@@ -22,12 +25,14 @@ from relufy.cli.options import (
     PresencePenalty,
     RepetitionPenalty,
     Seed,
+    Speculative,
     Stop,
     Temperature,
     Threads,
     TopK,
     TopP,
     parse_logit_bias,
+    parse_speculation,
 )
 from relufy.cli.output import note, note_ignored, print_json
 from relufy.errors import UserError
@@ -56,6 +61,10 @@ def command(
     ] = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    speculative: Speculative = None,
+    gamma: Gamma = None,
+    min_probability: MinProbability = None,
+    adaptive: Adaptive = False,
     threads: Threads = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -84,6 +93,7 @@ def command(
         "logprobs": logprobs,
         "context_policy": context_policy,
         "keep": keep,
+        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
     }
     engine = Engine(
         model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
@@ -109,6 +119,8 @@ def generation_document(generation: "Generation", engine: "Engine") -> dict[str,
     stats = generation.stats
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second", "gb_per_second")
     figures = asdict(stats) | {name: getattr(stats, name) for name in rates}
+    if stats.speculation:
+        figures["speculation"] = stats.speculation.document()
     document = {"text": generation.text, "token_ids": list(generation.token_ids), "stats": figures}
     if generation.request.logprobs is not None:
         document["logprobs"] = [
@@ -139,9 +151,10 @@ def stats_line(stats: "GenerationStats", engine: "Engine") -> str:
     forgotten = f"; {stats.dropped_tokens} tokens of the prompt did not fit" * (stats.dropped_tokens > 0)
     forgotten += f"; the context slid {stats.num_slides} times" * (stats.num_slides > 0)
     reused = f" ({stats.reused_tokens} of them still in the cache)" * (stats.reused_tokens > 0)
+    speculated = f"; {stats.speculation.summary()}" if stats.speculation else ""
     return (
         f"prompt {stats.prompt_tokens} tokens{reused} at {stats.prefill_tokens_per_second:.0f} tokens/s, "
         f"then {stats.new_tokens} at {stats.decode_tokens_per_second:.0f} tokens/s; "
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s, "
-        f"{engine.header.bits_per_weight():.2f} bits a weight{forgotten}"
+        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{forgotten}"
     )

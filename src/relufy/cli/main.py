@@ -26,12 +26,15 @@ from relufy.cli import (
     sparsify,
     verify,
 )
+from relufy.cli import eval as evaluation
 from relufy.errors import UserError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "peft"), "train") | {
     "matplotlib": "report",
     "llama_cpp": "bench",
     "gguf": "bench",
+    "lm_eval": "eval",
+    "scipy": "eval",
 }
 """The extra of relufy that brings a package."""
 
@@ -47,6 +50,7 @@ for command in (
     sparsify,
     finetune,
     pretrain,
+    evaluation,
     compare,
     info,
     pack,

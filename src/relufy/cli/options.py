@@ -1,11 +1,14 @@
 """Arguments and options that several commands share, so that they read alike everywhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from relufy.errors import UserError
+
+if TYPE_CHECKING:
+    from relufy.engine.speculation import Speculation
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'bundled', or a Hugging Face hub id.")]
 ModelOrFile = Annotated[
@@ -91,6 +94,44 @@ Keep = Annotated[
     int | None,
     typer.Option("--keep", min=0, help="First tokens that sliding never forgets; 4 by default."),
 ]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative",
+        metavar="DRAFT|lookup",
+        help="Who proposes tokens that the model verifies together: a smaller model, or the text so far.",
+    ),
+]
+Gamma = Annotated[
+    int | None, typer.Option("--gamma", min=1, help="Tokens proposed at a time, at most; 4 by default.")
+]
+MinProbability = Annotated[
+    float | None,
+    typer.Option(
+        "--min-probability",
+        min=0.0,
+        max=1.0,
+        help="A draft model stops where its likeliest token has less.",
+    ),
+]
+Adaptive = Annotated[
+    bool, typer.Option("--adaptive", help="Propose fewer tokens after a rejection, more after none.")
+]
+
+
+def parse_speculation(
+    draft: str | None, gamma: int | None, min_probability: float | None, adaptive: bool
+) -> "Speculation | None":
+    """Return how to speculate, if at all. Raises UserError."""
+    from relufy.engine.speculation import Speculation
+
+    if draft is None:
+        given = {"--gamma": gamma, "--min-probability": min_probability, "--adaptive": adaptive or None}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{unused[0]} is for --speculative; name a draft, or lookup")
+        return None
+    chosen = {} if gamma is None else {"gamma": gamma}
+    return Speculation(draft, **chosen, min_probability=min_probability, adaptive=adaptive)
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -23,7 +23,15 @@ ChosenTuple = tuple[int, float, tuple[tuple[int, float], ...]]
 
 class Engine:
     def __init__(
-        self, path: str, threads: int, context: int, skip: bool, kv_dtype: str, load: bool, mlock: bool
+        self,
+        path: str,
+        threads: int,
+        context: int,
+        skip: bool,
+        kv_dtype: str,
+        load: bool,
+        mlock: bool,
+        threads_of: Engine | None,
     ) -> None: ...
     def new_sequence(self, prompt_length: int) -> int: ...
     def fork(self, sequence: int) -> int: ...
@@ -64,6 +72,29 @@ class Engine:
     def vocab_size(self) -> int: ...
     @property
     def max_context(self) -> int: ...
+
+class Speculator:
+    def __init__(
+        self,
+        engine: Engine,
+        draft: Engine | None,
+        gamma: int,
+        is_adaptive: bool,
+        least_probability: float,
+        least_match: int,
+    ) -> None: ...
+    def read(self, sequence: int, next: int) -> None: ...
+    def decode(
+        self,
+        sequence: int,
+        tokens: np.ndarray,
+        count: int,
+        most: int,
+        stops: np.ndarray,
+        sampling: Sampling,
+        logprobs: int,
+    ) -> list[ChosenTuple]: ...
+    def counts(self) -> dict: ...
 
 def isa() -> str: ...
 def read_bandwidth(threads: int, bytes: int, seconds: float) -> float: ...

@@ -59,7 +59,8 @@ class CpuEngine:
     `kv_dtype` is "f32", "bf16" or "f16"; None means f32 for a model in f32, else f16. `skip=False` reads
     every weight: the same logits, bit for bit, for comparison. `load=True` copies the file into memory of the
     process, in huge pages where the system has them, instead of mapping it; `mlock=True` keeps the file's
-    pages in memory. Thread-safe: steps queue.
+    pages in memory. `threads_of` is another engine, whose threads this one uses in turn with it. Thread-safe:
+    steps queue.
 
     Full blocks of 32 positions stay in the KV cache after their sequences are freed, until their room is
     needed, for `reuse_prefix`; they take no room of the context.
@@ -74,18 +75,26 @@ class CpuEngine:
         kv_dtype: str | None = None,
         load: bool = False,
         mlock: bool = False,
+        threads_of: "CpuEngine | None" = None,
     ):
         self.header = read_header(Path(path))
         if threads is not None:
-            _check_whole("threads", threads, 1, MAX_THREADS)
+            check_whole("threads", threads, 1, MAX_THREADS)
         if context is not None:
-            _check_whole("context", context, 1, MAX_CONTEXT)
+            check_whole("context", context, 1, MAX_CONTEXT)
         if kv_dtype not in (None, *KV_DTYPES):
             raise UserError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
         self.kv_dtype = kv_dtype or _default_kv_dtype(self.header)
         try:
             self._engine = _cpu.Engine(
-                str(path), int(threads or usable_cores()), int(context or 0), skip, self.kv_dtype, load, mlock
+                str(path),
+                int(threads or usable_cores()),
+                int(context or 0),
+                skip,
+                self.kv_dtype,
+                load,
+                mlock,
+                threads_of and threads_of._engine,
             )
         except (ValueError, RuntimeError, MemoryError) as error:
             raise UserError(f"the engine could not open {path}: {error}") from None
@@ -93,6 +102,11 @@ class CpuEngine:
         self.has_measured_crossover = crossover is not None
         for kernel, dtype, tokens, share in rows_of(crossover or {}):
             self.set_crossover(kernel, dtype, tokens, share)
+
+    @property
+    def native(self) -> _cpu.Engine:
+        """The C++ engine."""
+        return self._engine
 
     @property
     def threads(self) -> int:
@@ -126,7 +140,7 @@ class CpuEngine:
 
         Masks of phase "decode" leave the prompt dense, and presence and frequency penalty don't count it.
         """
-        _check_whole("prompt_length", prompt_length, 0, MAX_CONTEXT)
+        check_whole("prompt_length", prompt_length, 0, MAX_CONTEXT)
         return self._engine.new_sequence(int(prompt_length))
 
     def reuse_prefix(self, sequence: int, tokens: Sequence[int]) -> int:
@@ -136,25 +150,25 @@ class CpuEngine:
         come from other sequences, freed or not, that began with the same tokens (and, where the model has
         masks of phase "decode", as much of a prompt), in whole blocks of 32.
         """
-        return self._checked(self._engine.reuse_prefix, sequence, _token_array(tokens))
+        return self.checked(self._engine.reuse_prefix, sequence, token_array(tokens))
 
     def fork(self, sequence: int) -> int:
         """Return a new sequence with the same past. The KV blocks are shared until one of the two writes."""
-        return self._checked(self._engine.fork, sequence)
+        return self.checked(self._engine.fork, sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all positions from `length` on."""
-        self._checked(self._engine.truncate, sequence, length)
+        self.checked(self._engine.truncate, sequence, length)
 
     def free(self, sequence: int) -> None:
-        self._checked(self._engine.free, sequence)
+        self.checked(self._engine.free, sequence)
 
     def length(self, sequence: int) -> int:
-        return self._checked(self._engine.length, sequence)
+        return self.checked(self._engine.length, sequence)
 
     def tokens(self, sequence: int) -> list[int]:
         """Return the tokens that a sequence has been extended by."""
-        return self._checked(self._engine.tokens, sequence)
+        return self.checked(self._engine.tokens, sequence)
 
     def step(self, work: Sequence[tuple[int, Sequence[int]]], logits: Logits = "last") -> np.ndarray:
         """Extend sequences by tokens; return float32 logits `[rows, vocab_size]` in the order of the work.
@@ -167,7 +181,7 @@ class CpuEngine:
         items = _work_items(work)
         rows = {"last": len(items), "all": sum(len(t) for _, t in items), "none": 0}[logits]
         out = np.empty((rows, self.vocab_size), np.float32)
-        self._checked(self._engine.step, items, logits, out)
+        self.checked(self._engine.step, items, logits, out)
         return out
 
     def decode(
@@ -185,10 +199,12 @@ class CpuEngine:
         its `logprobs` most likely tokens with it. Raises UserError for bad tokens, or logits that are no
         numbers, and OutOfContext if `count` tokens don't fit; then the sequence is as before.
         """
-        _check_whole("count", count, 1, MAX_TOKEN)
-        _check_whole("logprobs", logprobs, 0, self.vocab_size)
-        arrays = _token_array(tokens), int(count), _token_array(stops)
-        chosen = self._checked(self._engine.decode, sequence, *arrays, _native(sampling), int(logprobs))
+        check_whole("count", count, 1, MAX_TOKEN)
+        check_whole("logprobs", logprobs, 0, self.vocab_size)
+        arrays = token_array(tokens), int(count), token_array(stops)
+        chosen = self.checked(
+            self._engine.decode, sequence, *arrays, native_sampling(sampling), int(logprobs)
+        )
         return [Chosen(*choice) for choice in chosen]
 
     def choose(
@@ -204,17 +220,17 @@ class CpuEngine:
         With `length`, after its first `length` tokens: for the rows of a step with several tokens. Raises
         UserError if a logit is no number.
         """
-        _check_whole("logprobs", logprobs, 0, self.vocab_size)
-        arguments = _row(logits), _native(sampling), int(logprobs), _length(length)
-        return Chosen(*self._checked(self._engine.choose, sequence, *arguments))
+        check_whole("logprobs", logprobs, 0, self.vocab_size)
+        arguments = _row(logits), native_sampling(sampling), int(logprobs), _length(length)
+        return Chosen(*self.checked(self._engine.choose, sequence, *arguments))
 
     def probabilities(
         self, sequence: int, logits: np.ndarray, sampling: Sampling, length: int | None = None
     ) -> np.ndarray:
         """Return the distribution, float32 `[vocab_size]`, that `choose` draws from."""
         out = np.empty(self.vocab_size, np.float32)
-        arguments = _row(logits), _native(sampling), _length(length), out
-        self._checked(self._engine.probabilities, sequence, *arguments)
+        arguments = _row(logits), native_sampling(sampling), _length(length), out
+        self.checked(self._engine.probabilities, sequence, *arguments)
         return out
 
     def stats(self) -> dict:
@@ -267,13 +283,14 @@ class CpuEngine:
         `kernel` is "dot" (rows of outputs) or "scatter" (rows of inputs or neurons), `tokens` is 1, 2, 4, 8
         or 16, each up to the next. Speed changes, never a bit. Raises UserError for anything else.
         """
-        self._checked(self._engine.set_crossover, kernel, dtype, tokens, share)
+        self.checked(self._engine.set_crossover, kernel, dtype, tokens, share)
 
     def reset_stats(self) -> None:
         self._engine.reset_stats()
 
     @staticmethod
-    def _checked(function, *arguments):
+    def checked(function, *arguments):
+        """Call the C++ module; its errors become UserErrors."""
         try:
             return function(*arguments)
         except _cpu.OutOfKv as error:
@@ -284,7 +301,8 @@ class CpuEngine:
             raise UserError("there is no memory left; free sequences, or open it with less context") from None
 
 
-def _check_whole(name: str, value: int, least: int, most: int) -> None:
+def check_whole(name: str, value: int, least: int, most: int) -> None:
+    """Raise UserError unless a value is a whole number within limits."""
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not (is_whole and least <= value <= most):
         limits = f"at least {least} and at most {most}"
@@ -300,12 +318,13 @@ def _row(logits: np.ndarray) -> np.ndarray:
 
 def _length(length: int | None) -> int | None:
     if length is not None:
-        _check_whole("length", length, 0, MAX_CONTEXT)
+        check_whole("length", length, 0, MAX_CONTEXT)
         return int(length)
     return None
 
 
-def _native(sampling: Sampling) -> _cpu.Sampling:
+def native_sampling(sampling: Sampling) -> _cpu.Sampling:
+    """Return a sampling as the C++ module takes it."""
     return _cpu.Sampling(
         float(sampling.temperature),
         min(int(sampling.top_k), MAX_TOKEN),
@@ -327,14 +346,15 @@ def _default_kv_dtype(header: Header) -> str:
 
 def _work_items(work: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, np.ndarray]]:
     try:
-        return [(sequence, _token_array(tokens)) for sequence, tokens in work]
+        return [(sequence, token_array(tokens)) for sequence, tokens in work]
     except UserError:
         raise
     except (TypeError, ValueError):
         raise UserError("a step takes pairs of a sequence and a flat list of its tokens") from None
 
 
-def _token_array(tokens: Sequence[int]) -> np.ndarray:
+def token_array(tokens: Sequence[int]) -> np.ndarray:
+    """Return tokens as the C++ module takes them. Raises UserError if they are none."""
     array = np.asarray(tokens)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UserError("tokens must be a flat list of whole numbers")

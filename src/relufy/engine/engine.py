@@ -8,7 +8,9 @@ from relufy.engine.cache import packed_model
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.generate import Generation
 from relufy.engine.packed_file import is_packed_file
-from relufy.engine.request import GenerationOptions, make_request
+from relufy.engine.request import GenerationOptions, Request, make_request
+from relufy.engine.speculation import Speculation
+from relufy.engine.speculator import Speculator
 from relufy.engine.tokenizer import ModelTokenizer
 from relufy.errors import UserError
 
@@ -38,6 +40,7 @@ class Engine(CpuEngine):
         load: bool = False,
         dtype: str | None = None,
         mlock: bool = False,
+        threads_of: CpuEngine | None = None,
     ):
         path = Path(model)
         if is_packed_file(path):
@@ -45,7 +48,9 @@ class Engine(CpuEngine):
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
             path = packed_model(model, dtype or "f32")
-        super().__init__(path, threads, context, skip, kv_dtype, load, mlock)
+        super().__init__(path, threads, context, skip, kv_dtype, load, mlock, threads_of)
+        self._dtype = dtype
+        self._drafts: dict[str, CpuEngine] = {}
         self._tokenizer: ModelTokenizer | None = None
         self._templates: dict[str | None, ChatTemplate] = {}
 
@@ -78,7 +83,7 @@ class Engine(CpuEngine):
         """
         ids = self.tokenizer.encode(prompt)
         request = make_request(ids, max_new_tokens, options, self.tokenizer.eos_ids)
-        return Generation(self, self.tokenizer, request)
+        return self._generation(request)
 
     def chat(
         self,
@@ -98,7 +103,31 @@ class Engine(CpuEngine):
         ids = self.chat_ids(messages, template)
         stops = (PLAIN_STOP,) if template == PLAIN else ()
         request = make_request(ids, max_new_tokens, options, self.tokenizer.turn_ends(), stops)
-        return Generation(self, self.tokenizer, request)
+        return self._generation(request)
+
+    def _generation(self, request: Request) -> Generation:
+        return Generation(self, self.tokenizer, request, self.speculator(request.speculation))
+
+    def speculator(self, speculation: Speculation | None) -> Speculator | None:
+        """Return what decodes by a speculation. Its draft model is opened once and kept.
+
+        Raises UserError if that can't draft for this model.
+        """
+        if speculation is None:
+            return None
+        return Speculator(
+            self, speculation, None if speculation.is_lookup else self._draft(speculation.draft)
+        )
+
+    def _draft(self, draft: str | Path | CpuEngine) -> CpuEngine:
+        if isinstance(draft, CpuEngine):
+            return draft
+        if str(draft) not in self._drafts:
+            dtype = None if is_packed_file(Path(draft)) else self._dtype
+            self._drafts[str(draft)] = Engine(
+                draft, context=self.native.context, dtype=dtype, threads_of=self
+            )
+        return self._drafts[str(draft)]
 
     def chat_ids(self, messages: Sequence["Message"], template: str | None = None) -> list[int]:
         """Return the tokens that ask for an answer to the messages, as `chat` gives them to the model."""

@@ -10,6 +10,7 @@ from relufy.engine.cpu import CpuEngine
 from relufy.engine.generation_stats import Clock, FinishReason, GenerationStats
 from relufy.engine.request import Request
 from relufy.engine.sampling import Chosen
+from relufy.engine.speculator import Speculator
 from relufy.engine.text_stream import StoppableText
 from relufy.engine.tokenizer import ModelTokenizer
 from relufy.engine.window import Window
@@ -43,10 +44,17 @@ class Generation:
     Dropping it half-way frees its place in the KV cache.
     """
 
-    def __init__(self, engine: CpuEngine, tokenizer: ModelTokenizer, request: Request):
+    def __init__(
+        self,
+        engine: CpuEngine,
+        tokenizer: ModelTokenizer,
+        request: Request,
+        speculator: Speculator | None = None,
+    ):
         self.request = request
         self._clock = Clock(engine)
-        self._window = Window(engine, request, self._clock)
+        self._speculator = speculator
+        self._window = Window(engine, request, self._clock, speculator)
         self._written = _Written()
         self._pieces = _write(self._window, tokenizer, request, self._written)
 
@@ -86,20 +94,24 @@ class Generation:
     def stats(self) -> GenerationStats:
         """What the generation did so far."""
         clock, window = self._clock, self._window
+        speculation = self._speculator.stats() if self._speculator else None
         return GenerationStats(
             prompt_tokens=len(self.request.prompt_ids),
             new_tokens=len(self.token_ids),
             prefill_seconds=clock.seconds["prefill"],
             decode_seconds=clock.seconds["decode"],
-            weight_bytes_per_token=clock.per_token("weight_bytes"),
-            kv_bytes_per_token=clock.per_token("kv_bytes"),
-            sparsity=clock.sparsity(),
+            weight_bytes_per_token=speculation.weight_bytes_per_token
+            if speculation
+            else clock.per_token("weight_bytes"),
+            kv_bytes_per_token=speculation.kv_bytes_per_token if speculation else clock.per_token("kv_bytes"),
+            sparsity=speculation.sparsity if speculation else clock.sparsity(),
             finish_reason=self.finish_reason,
             reused_tokens=window.num_reused,
             dropped_tokens=window.num_dropped,
             context_used=window.num_seen,
             num_slides=window.num_slides,
             slide_seconds=clock.seconds["slide"],
+            speculation=speculation,
         )
 
 

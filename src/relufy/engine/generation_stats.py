@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from relufy.engine.cpu import CpuEngine
+from relufy.engine.speculation import SpeculationStats
 
 Result = TypeVar("Result")
 
@@ -22,7 +23,8 @@ class GenerationStats:
     """What one generation did so far. Bytes are those of the decoded tokens, read from memory or cache.
 
     The engine counts bytes and sparsity of all that it runs: where several threads generate with one engine
-    at once, each one's figures include the others' work.
+    at once, each one's figures include the others' work. With `speculation`, bytes include the drafts', and
+    `sparsity` is that of the tokens that were verified.
 
     `reused_tokens` of the prompt were still in the KV cache, `dropped_tokens` of it were left out because the
     context is too short. `sparsity` is the share of inputs or neurons skipped while decoding, for each site
@@ -43,6 +45,7 @@ class GenerationStats:
     context_used: int = 0
     num_slides: int = 0
     slide_seconds: float = 0.0
+    speculation: SpeculationStats | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -73,21 +76,22 @@ class Clock:
     def __init__(self, engine: CpuEngine):
         self._engine = engine
         self.seconds: dict[Phase, float] = {"prefill": 0.0, "decode": 0.0, "slide": 0.0}
-        self._zero = _combined(counts := engine.stats(), counts, -1)
+        self._zero = combined(counts := engine.stats(), counts, -1)
         self.decoded = self._zero
+        self.num_chosen = 0  # while decoding
 
     def time(self, phase: Phase, work: Callable[[], Result]) -> Result:
         before, start = self._engine.stats(), time.perf_counter()
         result = work()
         self.seconds[phase] += time.perf_counter() - start
         if phase == "decode":
-            self.decoded = _combined(self.decoded, _combined(self._engine.stats(), before, -1), 1)
+            self.decoded = combined(self.decoded, combined(self._engine.stats(), before, -1), 1)
         return result
 
     def tokens_within(self, seconds: float) -> int:
-        """Return how many tokens are decoded in a time, from those decoded so far (1 before any)."""
-        tokens, spent = self.decoded["tokens"], self.seconds["decode"]
-        return int(tokens * seconds / spent) if tokens and spent else 1
+        """Return how many tokens are chosen in a time, from those chosen so far (1 before any)."""
+        spent = self.seconds["decode"]
+        return int(self.num_chosen * seconds / spent) if self.num_chosen and spent else 1
 
     def per_token(self, count: str) -> float:
         """Return one of the engine's counts for each decoded token."""
@@ -97,10 +101,10 @@ class Clock:
         return self._engine.sparsity(self._zero, self.decoded) if self.decoded["tokens"] else {}
 
 
-def _combined(a: Any, b: Any, sign: int) -> Any:
+def combined(a: Any, b: Any, sign: int) -> Any:
     """Return a + sign * b, of numbers in lists and dicts of the same shape."""
     if isinstance(a, dict):
-        return {key: _combined(value, b[key], sign) for key, value in a.items()}
+        return {key: combined(value, b[key], sign) for key, value in a.items()}
     if isinstance(a, list):
-        return [_combined(x, y, sign) for x, y in zip(a, b, strict=True)]
+        return [combined(x, y, sign) for x, y in zip(a, b, strict=True)]
     return a + sign * b

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from relufy.engine.sampling import Sampling
+from relufy.engine.speculation import Speculation, as_speculation
 from relufy.errors import UserError
 from relufy.schema import suggest
 
@@ -29,7 +30,8 @@ class GenerationOptions(TypedDict, total=False):
     its logit), `seed`. Ending: `stop`, one text or several. Telling: `logprobs`, how many of the most likely
     tokens to name beside each chosen one. A full context: `context_policy` "refuse" ends the text there, and
     refuses a longer prompt; "sliding" forgets all but the first `keep` tokens and the newest half of the
-    others, computes those anew as a text of their own, and goes on.
+    others, computes those anew as a text of their own, and goes on. Speed: `speculation`, who proposes tokens
+    that the model then verifies together (docs/decoding.md); the text stays exact.
     """
 
     temperature: float | None
@@ -45,6 +47,7 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: int | None
     context_policy: ContextPolicy | None
     keep: int | None
+    speculation: Speculation | str | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Request:
     logprobs: int | None = None
     context_policy: ContextPolicy = "refuse"
     keep: int = 4  # attention sinks: Xiao et al. 2023, Efficient Streaming Language Models, section 3.2
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -97,6 +101,8 @@ def make_request(
         raise TypeError(f"there is no option {min(unknown)!r} of a generation")
     given = {name: value for name, value in options.items() if value is not None}
     sampling = Sampling(**{name: given.pop(name) for name in _SAMPLING if name in given})
+    if "speculation" in given:
+        given["speculation"] = as_speculation(given["speculation"])
     stop = given.pop("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     return Request(tuple(prompt_ids), max_new_tokens, sampling, (*stops, *more_stops), ends=ends, **given)

@@ -51,6 +51,19 @@ class ModelTokenizer:
         """Return a token as the vocabulary writes it; empty for an id that the tokenizer does not use."""
         return self._tokenizer.id_to_token(token) or ""
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return ids without special tokens, and at which character of the text each token ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def named_id(self, name: str) -> int | None:
+        """Return the id of the special token that tokenizer_config.json names so ("bos_token"), or None."""
+        return self._tokenizer.token_to_id(_content(self._named.get(name)))
+
+    def vocabulary(self) -> dict[int, str]:
+        """Return every token as the vocabulary writes it, by its id."""
+        return {token: text for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of the special tokens by Hugging Face's names, of those that the model has."""
         found = {name: _content(self._named.get(name)) for name in SPECIAL_TOKENS}
@@ -62,7 +75,7 @@ class ModelTokenizer:
 
     def turn_ends(self) -> frozenset[int]:
         """Return the tokens that end an answer of a chat: those that end a text, and the tokenizer's own."""
-        named = self._tokenizer.token_to_id(_content(self._named.get("eos_token")))
+        named = self.named_id("eos_token")
         return self.eos_ids if named is None else self.eos_ids | {named}
 
     def stream(self, prompt_ids: Sequence[int]) -> TextStream:

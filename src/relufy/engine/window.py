@@ -12,6 +12,7 @@ from relufy.engine.cpu import CpuEngine
 from relufy.engine.generation_stats import Clock, Phase
 from relufy.engine.request import Request
 from relufy.engine.sampling import Chosen, Sampling
+from relufy.engine.speculator import Speculator
 from relufy.errors import UserError
 
 RUN_SECONDS = 0.05
@@ -26,8 +27,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class Window:
     """The sequence of one request. Raises UserError if the prompt does not fit and must not be cut."""
 
-    def __init__(self, engine: CpuEngine, request: Request, clock: Clock):
+    def __init__(
+        self, engine: CpuEngine, request: Request, clock: Clock, speculator: Speculator | None = None
+    ):
         self._engine, self._request, self._clock = engine, request, clock
+        self._speculator = speculator
         self._ids = _fitted(request, engine.context)
         self._num_prompt = len(self._ids)
         self._num_chosen = 0
@@ -57,7 +61,12 @@ class Window:
                 return
 
     def close(self) -> None:
-        """Give the sequence's place in the KV cache back."""
+        """Give the sequence's place in the KV cache back, and the draft's."""
+        self._end()
+        if self._speculator:
+            self._speculator.close()
+
+    def _end(self) -> None:
         if self._sequence is not None:
             self._engine.free(self._sequence)
             self._sequence = None
@@ -80,18 +89,26 @@ class Window:
         room = self._engine.context - len(self._ids) + 1
         if self._request.max_new_tokens is not None:
             room = min(room, self._request.max_new_tokens - self._num_chosen)
-        return self._choose(
-            "decode", self._ids[-1:], max(1, min(room, self._clock.tokens_within(RUN_SECONDS)))
-        )
+        count = max(1, min(room, self._clock.tokens_within(RUN_SECONDS)))
+        chosen = self._choose("decode", self._ids[-1:], count, room)
+        self._clock.num_chosen += len(chosen)
+        return chosen
 
-    def _choose(self, phase: Phase, tokens: list[int], count: int) -> list[Chosen]:
-        request, sampling = self._request, self._sampling()
-        chosen = self._clock.time(
-            phase,
-            lambda: self._engine.decode(
-                self._sequence_id(), tokens, count, tuple(request.ends), sampling, request.logprobs or 0
-            ),
-        )
+    def _choose(self, phase: Phase, tokens: list[int], count: int, most: int = 0) -> list[Chosen]:
+        """Choose `count` tokens; while decoding, a speculation's last round may choose up to `most`."""
+        request, sampling, speculator = self._request, self._sampling(), self._speculator
+        how = tuple(request.ends), sampling, request.logprobs or 0
+        sequence = self._sequence_id()
+
+        def choose() -> list[Chosen]:
+            if speculator and phase == "decode":
+                return speculator.decode(sequence, tokens, count, most, *how)
+            chosen = self._engine.decode(sequence, tokens, count, *how)
+            if speculator:
+                speculator.read(sequence, chosen[-1].token)
+            return chosen
+
+        chosen = self._clock.time(phase, choose)
         self._ids += [choice.token for choice in chosen]
         self._num_chosen += len(chosen)
         return chosen
@@ -100,7 +117,7 @@ class Window:
         self._clock.time(phase, lambda: self._engine.step([(self._sequence_id(), tokens)], "none"))
 
     def _slide(self) -> None:
-        self.close()
+        self._end()
         keep = self._request.keep
         newest = len(self._ids) - _half(self._engine.context, keep)
         self._num_prompt = min(self._num_prompt, keep) + max(0, self._num_prompt - newest)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "Difference": "relufy.measure.quality",
+    "Difference": "relufy.measure.statistics",
     "Fidelity": "relufy.measure.quality",
     "Perplexity": "relufy.measure.quality",
     "PreActivations": "relufy.measure.preactivations",

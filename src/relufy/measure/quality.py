@@ -5,7 +5,7 @@ only. Windows are the independent units, so standard errors are taken over windo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from relufy.errors import UserError
+from relufy.measure.statistics import Difference, difference_of_pairs, mean_and_error
 from relufy.text import check_windows
 
 
@@ -39,14 +40,6 @@ class Fidelity:
     tokens: int
     per_window: tuple[float, ...]
     """Each window's own mean, for paired comparisons."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much more one figure is than another on the same windows, nats per token."""
-
-    mean: float
-    standard_error: float
 
 
 def perplexity(model: PreTrainedModel, windows: np.ndarray, batch_size: int = 16) -> Perplexity:
@@ -79,10 +72,7 @@ def fidelity(
 
 def paired_difference(first: Fidelity, second: Fidelity) -> Difference:
     """Return `first - second` with its paired standard error. Both must be of the same windows."""
-    if len(first.per_window) != len(second.per_window):
-        raise ValueError(f"{len(first.per_window)} windows cannot be paired with {len(second.per_window)}")
-    pairs = zip(first.per_window, second.per_window, strict=True)
-    return Difference(*mean_and_error([a - b for a, b in pairs]))
+    return difference_of_pairs(first.per_window, second.per_window)
 
 
 def log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -127,12 +117,3 @@ def _batches(windows: np.ndarray, batch_size: int, model: PreTrainedModel) -> It
 def _predictions(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits for every token of the windows but the first, `[windows, length - 1, vocab]`."""
     return model(input_ids=ids, use_cache=False).logits[:, :-1]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of windows' values and its standard error, NaN for a single one."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))

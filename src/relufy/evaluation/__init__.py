@@ -1,0 +1,1 @@
+"""How good a model is, alone or beside another one: text, lm-evaluation-harness tasks, paired tests."""
