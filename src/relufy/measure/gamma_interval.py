@@ -273,6 +273,6 @@ def _check_gammas(gammas: Sequence[int], warmup: int, length: int) -> None:
         raise UserError(f"gammas are 1 or more and a warm-up is 0 or more, found {list(gammas)} and {warmup}")
     if warmup + max(gammas) >= length:
         raise UserError(
-            f"with a warm-up of {warmup} and gamma {max(gammas)} no token of a window of {length + 1} is frozen; "
-            "take longer windows, a shorter warm-up or a smaller gamma"
+            f"with a warm-up of {warmup} and gamma {max(gammas)} no token of a window of {length + 1} is "
+            "frozen; take longer windows, a shorter warm-up or a smaller gamma"
         )

@@ -31,12 +31,19 @@ def masked_neurons(model: PreTrainedModel, site: str, mask: NeuronMask) -> Itera
 
 
 def _attach(block: BlockSites, site: str, mask: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def after(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return mask(output)
+
+    def before(_module: nn.Module, args: tuple) -> tuple:
+        return mask(args[0]), *args[1:]
+
     if site == "neuron":
-        return block.activation.module.register_forward_hook(lambda _module, _args, output: mask(output))
-    module = block.down.module
+        return block.activation.module.register_forward_hook(after)
+
+    module: nn.Module = block.down.module
     own: Any = getattr(module, "sparsifier", None)
     if not isinstance(own, Selection):
-        return module.register_forward_pre_hook(lambda _module, args: (mask(args[0]), *args[1:]))
+        return module.register_forward_pre_hook(before)
     if own.rotation is not None:
         raise UserError(f"{block.down.name} reads a rotated basis, in which there are no neurons to mask")
 

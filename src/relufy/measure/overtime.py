@@ -1,4 +1,4 @@
-"""`relufy measure overtime`: what consecutive tokens share, which decides what a reuse of neurons can save."""
+"""`relufy measure overtime`: what consecutive tokens share, which decides what reusing neurons can save."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
