@@ -62,6 +62,14 @@ FATRELU = "fatrelu"
 FATRELU_THRESHOLD_KEY = "hidden_act_param"
 """Where ProSparse and MiniCPM-S keep FATReLU's threshold."""
 
+PREDICTOR_KINDS = ("svd", "plain_svd", "trained")
+"""How predictors are made: by a singular value decomposition of the gate where the text's inputs lie, by one
+of the gate alone, or from the first one by training."""
+PREDICTOR_VERSION = 1
+
+PREDICTABLE = ("relu", "relu2", "helu", "fatrelu", "drelu", "threshold")
+"""The functions at `neuron` that decide on each neuron by itself, so that a predictor may choose some."""
+
 _MASKS = ("relu", *SELECTIONS)
 _FUNCTIONS_WITH = {
     "shift": ("relu", "relu2", "helu"),
@@ -210,6 +218,37 @@ def _check_values(sparsifier: Sparsifier) -> None:
 
 
 @dataclass(frozen=True)
+class Predictor:
+    """Which neurons may be active, from a few products: those where `outer (inner x) >= threshold`.
+
+    x is what the MLP's first projection reads. Every layer with zeros at `neuron` has the three tensors in
+    the checkpoint. The predictor changes nothing unless it is asked for (the mode "predicted").
+    """
+
+    kind: str
+    rank: int
+    recall: float
+    """The share of the active neurons that the thresholds were calibrated to let through, in each layer."""
+    weighted: bool = False
+    """Whether that share is of what active neurons put out, |a_i| norm(W_down[:, i]), not of their number."""
+    dense_first_tokens: int = 1
+    """Tokens at positions below this have all neurons: the first is an attention sink."""
+    version: int = PREDICTOR_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != PREDICTOR_VERSION:
+            raise UserError(f"version {self.version} of the predictor is not known; upgrade relufy")
+        if self.kind not in PREDICTOR_KINDS:
+            raise UserError(f"unknown predictor {self.kind!r}{suggest(self.kind, list(PREDICTOR_KINDS))}")
+        if self.rank < 1:
+            raise UserError(f"a predictor's rank must be at least 1, found {self.rank}")
+        if not 0 < self.recall <= 1:
+            raise UserError(f"recall must be above 0 and at most 1, found {self.recall:g}")
+        if self.dense_first_tokens < 0:
+            raise UserError(f"dense_first_tokens must be 0 or greater, found {self.dense_first_tokens}")
+
+
+@dataclass(frozen=True)
 class ActivationSparsity:
     """The whole block. `recipe` and `provenance` are plain data, kept for the reader and for reproduction."""
 
@@ -219,6 +258,7 @@ class ActivationSparsity:
     """The model's own activation, where the config names "relufy" instead and it is still needed."""
     recipe: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    predictor: Predictor | None = None
 
     def __post_init__(self) -> None:
         if self.version != BLOCK_VERSION:
@@ -232,6 +272,11 @@ class ActivationSparsity:
         if len(found) > 1:
             raise UserError(f"two sparsifiers at the site {site!r} of layer {layer}")
         return found[0] if found else None
+
+    def predicts(self, layer: int) -> bool:
+        """Return whether the predictor, if there is one, has a part for this layer."""
+        neuron = self.at("neuron", layer)
+        return self.predictor is not None and neuron is not None and neuron.function in PREDICTABLE
 
     def to_block(self) -> dict[str, Any]:
         """Return the block as plain data; what a sparsifier leaves at its default is left out."""

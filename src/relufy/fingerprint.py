@@ -53,7 +53,8 @@ def refuse_other_weight(where: str, name: str, expected: str, found: str) -> Non
     if found != expected:
         raise UserError(
             f"{where}: {name} has changed since sparsifiers' tensors were derived from it (trained, merged "
-            "with an adapter, or cast to float16); calibrate again with `relufy sparsify`"
+            "with an adapter, or cast to float16); calibrate again with `relufy sparsify` (a predictor: with "
+            "`relufy predictor`)"
         )
 
 

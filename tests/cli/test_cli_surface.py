@@ -23,6 +23,8 @@ SURFACE = {
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
     " --tokens --no-mmap --load -o --output --plot --json",
+    "bench speculative": "model --draft --speculative --text --gammas --dtype --threads --context --tokens"
+    " --temperature --turns --no-mmap --load -o --output --json",
     "cache": "",
     "cache clear": "--json",
     "cache list": "--json",

@@ -144,7 +144,7 @@ class ProbeContender:
     def measure(self, **arguments: Any) -> Turn:
         return {"seconds": self._arguments[-1], "gb_per_second": read_bandwidth(*self._arguments)}
 
-    decode = prefill = batch = measure
+    decode = prefill = batch = write = measure
 
     def facts(self) -> dict[str, Any]:
         return {}

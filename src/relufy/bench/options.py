@@ -6,6 +6,7 @@ from pathlib import Path
 from relufy.bench.densities import Densities
 from relufy.bench.llama_cpp import MATCHING
 from relufy.bench.shapes import MAX_CONTEXT, find_shape
+from relufy.engine.speculation import Speculation
 from relufy.errors import UserError
 
 AGAINST = ("llama.cpp", "none")
@@ -143,3 +144,33 @@ class BatchOptions(DecodeOptions):
     @property
     def sequences(self) -> int:
         return max(self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeOptions(DecodeOptions):
+    """In each turn a contender continues a passage of `text`, plainly or with drafts of one of `gammas`.
+
+    `draft` is a packed file, a checkpoint, "lookup" or "self".
+    """
+
+    draft: str
+    text: str
+    gammas: tuple[int, ...] = (2, 4, 8, 16)
+    temperature: float = 0.0
+    against: str = "none"
+    tokens: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None:
+            raise UserError("speculation is measured on a real model: random weights agree with no draft")
+        if self.against != "none":
+            raise UserError("speculation is measured against our own plain decoding; leave --against out")
+        if not self.gammas or len(set(self.gammas)) < len(self.gammas):
+            raise UserError("--gammas takes different numbers of tokens, such as 2,4,8")
+        for gamma in self.gammas:
+            Speculation(self.draft, gamma)
+
+    @property
+    def extent(self) -> str:
+        return f"draft {Path(self.draft).name}, context {self.context}"

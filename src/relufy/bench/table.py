@@ -120,10 +120,52 @@ def show_crossover(found: Found) -> Shown:
     return Shown(title, names, rows, [("this was", when), ("machine", _machine_name(found["machine"]))])
 
 
+def show_speculative(found: Found) -> Shown:
+    """Return acceptance, union sparsity, tokens/s and gains beside theory's, by gamma."""
+
+    def theory(f: Found, name: str) -> str:
+        return _ratio(f["theory"] and f["theory"][name])
+
+    def row(gamma: str, f: Found) -> list[str]:
+        rates = [f"{f[name]:.2f}" for name in ("acceptance", "tokens_per_round")]
+        names = ("speedup_vs_sparse", "speedup_vs_dense_speculation")
+        gains = [said for name in names for said in (_ratio(f[name]), theory(f, name))]
+        return [gamma, *rates, _ratio(f["union_sparsity"]), f"{f['tokens_per_second']:.0f}", *gains]
+
+    best, by_gamma = found["best_gamma"], found["by_gamma"]
+
+    def each(say: Callable[[Found], str]) -> str:
+        return ", ".join(f"{gamma}: {say(f)}" for gamma, f in by_gamma.items())
+
+    facts = [
+        ("plain sparse decoding", f"{found['tokens_per_second']:.1f} tokens/s"),
+        ("plain sparse x plain dense", _ratio(found["speedup_vs_dense"])),
+        ("theory", "with this acceptance, draft cost and union, if reading were all the work"),
+        ("the same over plain sparse, if tokens chose neurons independently", each(_at_random)),
+        ("bound by bytes over plain sparse", each(lambda f: _ratio(f["bound_vs_sparse"]))),
+        ("a drafted token, in dense tokens of time", each(lambda f: f"{f['draft_cost']:.3f}")),
+        ("a verification, in dense tokens of time", each(lambda f: f"{f['verify_cost']:.2f}")),
+        ("best gamma by theory", f"{best['gamma']}, {best['speedup_vs_sparse']:.2f}x plain sparse"),
+        ("texts equal to plain decoding's", each(lambda f: f"{f['same_texts']:.0%}")),
+        ("density", _sites(found["density"])),
+        ("bytes skipped by one token", f"{found['bytes_skipped']:.3f}"),
+        *_machine(found),
+        ("fits in the cache", "yes, so reading is not all the work" if found["fits_in_cache"] else "no"),
+    ]
+    columns = ["gamma", "alpha", "tokens/round", "s_agg", "tokens/s", "x sparse", "theory"]
+    columns += ["x dense spec.", "theory"]
+    return Shown(f"speculative: {found['label']}", columns, [row(*item) for item in by_gamma.items()], facts)
+
+
+def _at_random(found: Found) -> str:
+    return _ratio(found["random_theory"] and found["random_theory"]["speedup_vs_sparse"])
+
+
 VIEWS: dict[str, Callable[[Found], Shown]] = {
     "decode": show_decode,
     "prefill": show_prefill,
     "batch": show_batch,
+    "speculative": show_speculative,
     "kernels": show_kernels,
     "crossover": show_crossover,
 }

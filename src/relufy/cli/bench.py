@@ -152,6 +152,47 @@ def batch(
     run(partial(bench_batch, options), output, plot, json)
 
 
+@app.command("speculative")
+def speculative(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, 'bundled', or a hub id.")],
+    draft: Annotated[
+        str,
+        typer.Option("--draft", "--speculative", help="A smaller model of the same vocabulary, or lookup."),
+    ],
+    text: Annotated[str, typer.Option("--text", help="Passages of this text are continued.")],
+    gammas: Annotated[
+        str, typer.Option("--gammas", help="Tokens drafted at a time, with commas.")
+    ] = "2,4,8,16",
+    dtype: Dtype = "int8",
+    threads: Threads = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a passage.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens written in a turn.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 writes the likeliest token.")] = 0.0,
+    turns: Turns = 7,
+    no_mmap: NoMmap = False,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Time speculative decoding: sparse and own dense, plainly and at each gamma; theory beside it."""
+    from relufy.bench.options import SpeculativeOptions
+    from relufy.bench.speculative import bench_speculative
+
+    options = SpeculativeOptions(
+        model=model,
+        draft=draft,
+        text=text,
+        gammas=numbers(gammas, "--gammas"),
+        dtype=dtype,
+        threads=threads,
+        context=context,
+        tokens=tokens,
+        temperature=temperature,
+        turns=turns,
+        load=no_mmap,
+    )
+    run(partial(bench_speculative, options), output, None, json)
+
+
 @app.command("kernels")
 def kernels(
     shape: Annotated[str, typer.Option(help="Matrices of this shape's gate.")] = "1.3b",
@@ -196,12 +237,12 @@ def plot(
     result(str(plot))
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str, option: str = "--batch") -> tuple[int, ...]:
     """Read whole numbers with commas between them. Raises UserError."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--batch takes numbers of sequences, such as 1,2,4, found {text!r}") from None
+        raise UserError(f"{option} takes whole numbers, such as 1,2,4, found {text!r}") from None
 
 
 def refuse_outputs(output: Path | None = None, plot: Path | None = None) -> None:

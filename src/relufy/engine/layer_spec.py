@@ -10,6 +10,7 @@ from relufy.activation_sparsity import (
     SELECTIONS,
     SITES,
     ActivationSparsity,
+    Predictor,
     Sparsifier,
     activation_name,
     read_activation_sparsity,
@@ -50,6 +51,8 @@ class LayerSpec:
     """The positions that a token attends to, its own among them; None is all of them."""
     rope: int | None = None
     """The table that rotates queries and keys, if they are rotated."""
+    predictor: Predictor | None = None
+    """What the checkpoint has to predict the active neurons with, if anything."""
 
     @property
     def has_sparse_neurons(self) -> bool:
@@ -71,7 +74,9 @@ def read_layers(settings: Config, family: Family, num_layers: int) -> tuple[Laye
         layer = _layer(sparsity, own, family, index)
         window = settings.get("sliding_window") if slides[index] else None
         rope = int(slides[index] and has_local_table) if rotates[index] else None
-        layers.append(replace(layer, window=int(window) if window else None, rope=rope))
+        predictor = sparsity.predictor if sparsity.predicts(index) else None
+        window = int(window) if window else None
+        layers.append(replace(layer, window=window, rope=rope, predictor=predictor))
     return tuple(layers)
 
 

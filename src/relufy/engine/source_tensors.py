@@ -34,6 +34,11 @@ def mask_module(spec: DecoderSpec, layer: int, site: str) -> str:
     return spec.family.module(norm_of(site) if is_shared else site, layer) + ".sparsifier"
 
 
+def predictor_module(spec: DecoderSpec, layer: int) -> str:
+    """Return the name of the checkpoint's module that holds a layer's predictor."""
+    return spec.family.source("gate" if spec.family.is_gated else "up", layer).module + ".predictor"
+
+
 class SourceTensors:
     """Gives the tensors of a checkpoint. Raises UserError if it lacks one, or holds one that has no place.
 
@@ -77,6 +82,10 @@ class SourceTensors:
         values = self._read(f"{mask_module(self._spec, layer, site)}.{tensor}")
         is_output = tensor == "low_rank_out"
         return self._part(self._family.source(site, layer), site, values) if is_output else values
+
+    def predictor(self, layer: int, tensor: str) -> np.ndarray:
+        """Return a tensor of a layer's predictor: inner, outer or threshold, in float32."""
+        return self._read(f"{predictor_module(self._spec, layer)}.{tensor}")
 
     def _read(self, name: str) -> np.ndarray:
         values = self._weights.read(self._names.get(name, name))
@@ -128,6 +137,7 @@ class SourceTensors:
                 yield from self._matrix_shapes(family.source(name, layer), name)
             for site in spec.layers[layer].masks:
                 yield from self._mask_shapes(layer, site)
+            yield from self._predictor_shapes(layer)
 
     def _norm_shapes(self, module: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for kind in ("weight", "bias") if self._family.norm == "layer" else ("weight",):
@@ -153,6 +163,13 @@ class SourceTensors:
             )
             yield f"{module}.low_rank_in", (rank, inputs)
             yield f"{module}.low_rank_out", (outputs, rank)
+
+    def _predictor_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if (predictor := self._spec.layers[layer].predictor) is not None:
+            module, neurons = predictor_module(self._spec, layer), self._spec.intermediate_size
+            yield f"{module}.inner", (predictor.rank, self._spec.hidden_size)
+            yield f"{module}.outer", (neurons, predictor.rank)
+            yield f"{module}.threshold", (neurons,)
 
     def _outputs(self, source: Source) -> int:
         return sum(self._spec.matrix_shapes()[name][0] for name in source.holds)

@@ -60,7 +60,8 @@ class SpeculationStats:
 
     A proposed token was tested if all before it were accepted; `accepted` over `tested` is the acceptance
     rate, alpha. `union_sparsity` maps the number of tokens verified together to the share of neurons that
-    none of them used, a mean over layers and rounds; for one token it is its sparsity.
+    none of them used, a mean over layers and rounds; for one token it is its sparsity. `bytes_by_size` maps
+    it to the bytes that such a verification read: weights, keys and values, a mean too.
     """
 
     rounds: int
@@ -71,6 +72,7 @@ class SpeculationStats:
     accepted_by_place: tuple[int, ...]
     rounds_by_size: dict[int, int]
     union_sparsity: dict[int, float]
+    bytes_by_size: dict[int, float]
     sparsity: dict[str, list[float]]
     draft_seconds: float
     verify_seconds: float

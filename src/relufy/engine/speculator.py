@@ -70,6 +70,9 @@ class Speculator:
             accepted_by_place=tuple(counts["accepted_at"]),
             rounds_by_size={size: use["steps"] for size, use in verified},
             union_sparsity={size: _union_sparsity(engine, use) for size, use in verified},
+            bytes_by_size={
+                size: (use["weight_bytes"] + use["kv_bytes"]) / use["steps"] for size, use in verified
+            },
             sparsity=_sparsity(engine, [use for _, use in verified]),
             draft_seconds=counts["draft_seconds"],
             verify_seconds=counts["verify_seconds"],

@@ -20,22 +20,29 @@ from relufy.fingerprint import (
 )
 from relufy.model.configuration import sparsity_of
 from relufy.model.places import Place
+from relufy.model.structure import Projection
 
 DERIVED = ("weight", "low_rank_in")
 """The tensors that are made of a projection's weight: its column norms, its factors."""
 
 
-def with_fingerprints(provenance: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
-    """Return a provenance that records the weights that tensors at these places were derived from, and no
-    others."""
-    found = {}
+def with_fingerprints(
+    provenance: Mapping[str, Any], places: Sequence[Place], others: Sequence[Projection] = ()
+) -> dict[str, Any]:
+    """Return a provenance that records the weights that tensors at these places were derived from, those of
+    the `others` (what predictors predict), and no more."""
+    found = {f"{projection.name}.weight": _of_projection(projection) for projection in others}
     for place in places:
         if any(name in place.tensors() for name in DERIVED):
             for projection in place.served().values():
-                weight: torch.Tensor = projection.module.weight  # type: ignore[assignment]
-                found[f"{projection.name}.weight"] = fingerprint_of_tensor(weight)
+                found[f"{projection.name}.weight"] = _of_projection(projection)
     rest = {key: value for key, value in provenance.items() if key != DERIVED_FROM}
     return rest | {DERIVED_FROM: found} if found else rest
+
+
+def _of_projection(projection: Projection) -> str:
+    weight: torch.Tensor = projection.module.weight  # type: ignore[assignment]
+    return fingerprint_of_tensor(weight)
 
 
 def fingerprint_of_tensor(weight: torch.Tensor) -> str:

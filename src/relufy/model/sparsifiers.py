@@ -20,6 +20,7 @@ from relufy.model.configuration import (
     write_sparsity,
 )
 from relufy.model.places import Place, find_places
+from relufy.model.predictor import predictor_names, present_predictor, put_predictor, remove_predictor
 from relufy.model.selections import Selection, TokenPositions
 from relufy.model.sites import find_sites
 from relufy.model.sparse_modules import (
@@ -63,6 +64,7 @@ def apply_sparsity(
     _check_own_activations(places)
     key = activation_key_to_write(model, sparsity, [block.activation.name for block in blocks])
     _put(model, blocks, places, chosen)
+    _put_predictor(blocks, sparsity, present_predictor(blocks))
     write_sparsity(model, sparsity, key)
     return model
 
@@ -83,6 +85,8 @@ def install_sparsity(model: PreTrainedModel, files: Sequence[str | Path] = ()) -
     chosen = checked_tensors(places, kept | read_tensors(files, names), "the checkpoint")
     _check_own_activations(places)
     _put(model, blocks, places, chosen)
+    of_predictor = read_tensors(files, predictor_names(blocks, sparsity))
+    _put_predictor(blocks, sparsity, present_predictor(blocks) | of_predictor)
 
 
 def sparsity_tensors(
@@ -138,6 +142,15 @@ def _put(
     for place in places:
         _put_one(place, {n: tensors[place.checkpoint_name(n)] for n in place.tensors()}, positions)
     _put_hooks(model.get_submodule(stack_name(blocks)), stack_name(blocks), places, positions)
+
+
+def _put_predictor(
+    blocks: Sequence[BlockSites], sparsity: ActivationSparsity, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    if sparsity.predictor is not None:
+        put_predictor(blocks, sparsity, tensors)
+    elif remove_predictor(blocks):
+        warnings.warn("the predictor was for other zeros and is gone; make one again", stacklevel=3)
 
 
 def _make_block_dense(block: BlockSites) -> None:
