@@ -40,6 +40,8 @@ SURFACE = {
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure overtime": "model --text --window --max-windows --site --reuse-windows --gammas --warmup --reset"
+    " --batch-size --seed --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"

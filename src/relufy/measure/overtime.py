@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relufy.document import heading
+from relufy.errors import UserError
 from relufy.hub import context_length, model_folder, read_config
 from relufy.measure import aggregated, gamma_interval, windowed_reuse
 from relufy.measure.aggregated import Aggregated, AggregatedCounts
@@ -73,6 +74,11 @@ def overtime(
     files = [text] if isinstance(text, str | Path) else list(text)
     windows = read_windows(files, tokenizer, window)[:max_windows]
     loaded, skip = load_model(folder), int(tokenizer.bos_token_id is not None)
+    if window - skip <= max(reuse_windows, default=0):
+        raise UserError(
+            f"no token of a window of {window} has {max(reuse_windows)} before it; take longer windows, or "
+            "fewer tokens to reuse neurons from (--reuse-windows)"
+        )
     check_site(loaded, site, gamma_interval.NEURON_SITES)
     experiment = gamma_interval.gamma_interval(loaded, windows, gammas, warmup, reset, site, batch_size, seed)
     curves = measure_traces(loaded, windows, site, skip, reuse_windows, batch_size, seed)

@@ -7,6 +7,7 @@ What is not reused has to be loaded. The mean is over the tokens that have the l
 them, so all w are of the same tokens; a token without any active neuron has no share and is left out.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Reuse:
-    """Reuse of each layer at each window, in tokens: `measured[layer][window]`; None without any token."""
+    """Reuse of each layer at each window, in tokens: `measured[layer][window]`; NaN without any token."""
 
     windows: tuple[int, ...]
     measured: tuple[tuple[float, ...], ...]
@@ -39,8 +40,9 @@ class Reuse:
     """By layer: those that count."""
 
     def mean(self, curve: str = "measured") -> tuple[float, ...]:
-        """Return the mean over layers."""
-        return tuple(np.nanmean(getattr(self, curve), axis=0).tolist())
+        """Return the mean over the layers that have a token with active neurons."""
+        counted = [row for row in getattr(self, curve) if not np.isnan(row).any()]
+        return tuple(np.mean(counted, axis=0).tolist()) if counted else (math.nan,) * len(self.windows)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists: by curve the `mean` over layers, and `layers`, a value for each window."""
