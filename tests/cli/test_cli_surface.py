@@ -40,6 +40,9 @@ SURFACE = {
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure extended": "model --text --window --max-windows --only --cett-target --percent --rank --mac"
+    " --weight-read --event --batch-size --seed --json",
+    "measure law": "run --site --skip --average --json",
     "measure overtime": "model --text --window --max-windows --site --reuse-windows --gammas --warmup --reset"
     " --batch-size --seed --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",

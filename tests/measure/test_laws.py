@@ -1,4 +1,4 @@
-"""The laws of activation over training tokens: the paper's tables as oracles, and curves that are found again."""
+"""The laws of activation over training tokens: the paper's tables as oracles, and fits that find them."""
 
 import numpy as np
 import pytest

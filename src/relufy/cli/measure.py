@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relufy.cli import measure_overtime
+from relufy.cli import measure_extended, measure_law, measure_overtime
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json, print_table, result
@@ -90,3 +90,5 @@ def _costs(found: "DenseSparse | None", unit: float, name: str) -> list[str]:
 
 # Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.
 app.command("overtime")(measure_overtime.command)
+app.command("extended")(measure_extended.command)
+app.command("law")(measure_law.command)

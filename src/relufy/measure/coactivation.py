@@ -76,7 +76,7 @@ def _gaps(together: np.ndarray, tokens: int) -> tuple[int, float, float]:
         return len(together) - len(lives), 0.0, 0.0
     conditional = together[lives] / fired[lives, None]
     rates = np.broadcast_to(fired / tokens, conditional.shape)
-    return len(together) - len(lives), *(_mean_gap(table, lives) for table in (conditional, rates))
+    return len(together) - len(lives), _mean_gap(conditional, lives), _mean_gap(rates, lives)
 
 
 def _mean_gap(table: np.ndarray, own: np.ndarray) -> float:

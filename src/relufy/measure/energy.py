@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from relufy.model.structure import BlockSites
 
 DEFINITION = (
-    "a token's energy in linear layers without the head, (1 - s) in out (mac + weight_read) + (1 - s) in event, "
-    "s the zeros of each layer's input, dense s = 0 (arXiv 2501.16337); in the unit of the constants"
+    "energy of a token in linear layers, without the head: (1 - s) in out (mac + weight_read) + (1 - s) in "
+    "event, s the zeros of each layer's input, dense s = 0 (arXiv 2501.16337); in the unit of the constants"
 )
 
 

@@ -30,7 +30,7 @@ PARTS = ("cett", "ppl_sparsity", "predictivity", "coactivation", "energy")
 MAX_WINDOWS = 16
 DEFINITIONS = {
     "cett": "share of neurons that can be left out, the least ones first by |a_i| times the norm of down's "
-    "column, until each layer's mean relative error is the target (ReLU2 Wins); error_p95 is of tokens; an oracle",
+    "column, until each layer's mean error is the target (ReLU2 Wins), an oracle; error_p95 over tokens",
     "ppl_sparsity": "that share at perplexity grown by `percent`: criterion cett leaves out at equal CETT in "
     "every layer, universal below one contribution, fat below one |a_i|, topk as many in each (Sparsing Law)",
     "energy": energy.DEFINITION,

@@ -98,7 +98,7 @@ def predictivity(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Predictivity:
-    """Measure predictors on sampled layers, 4 by default, evenly spread, on windows: int64 `[windows, length]`.
+    """Measure predictors on sampled layers, 4 by default, evenly spread; windows: int64 `[windows, length]`.
 
     60 % of the windows are learned from, 20 % stop the training, 20 % are reported on. Raises UserError for
     fewer than 5 windows, a layer that does not exist, and neurons that are never zero.
