@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bandwidth.h"
+#include "reuse.h"
 
 using namespace nanobind::literals;
 using namespace relufy::bindings;
@@ -185,6 +186,7 @@ NB_MODULE(_cpu, m) {
   nb::class_<relufy::Sampling>(m, "Sampling")
       .def("__init__", &make_sampling, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
            "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a, "seed"_a);
+  bind_reuse(m);
   nb::class_<relufy::Engine>(m, "Engine")
       .def(
           "__init__",
@@ -195,12 +197,8 @@ NB_MODULE(_cpu, m) {
           },
           "path"_a, "threads"_a, "context"_a, "skip"_a, "kv_dtype"_a, "load"_a, "mlock"_a,
           "threads_of"_a.none())
-      .def(
-          "new_sequence", [](relufy::Engine& e, size_t prompt) { return e.new_sequence(prompt); },
-          "prompt_length"_a, Released())
-      .def(
-          "fork", [](relufy::Engine& e, relufy::SequenceId parent) { return e.fork(parent); }, "sequence"_a,
-          Released())
+      .def("new_sequence", &new_sequence, "prompt_length"_a, "reuse"_a.none(), "num_open"_a, Released())
+      .def("fork", &fork_sequence, "sequence"_a, "reuse"_a.none(), Released())
       .def("refuses_candidates", &relufy::Engine::refuses_candidates)
       .def("truncate", &relufy::Engine::truncate, "sequence"_a, "length"_a, Released())
       .def("free", &relufy::Engine::free, "sequence"_a, Released())

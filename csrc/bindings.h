@@ -8,9 +8,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <vector>
 
 #include "engine.h"
+#include "reuse.h"
 
 namespace relufy::bindings {
 
@@ -38,5 +40,11 @@ inline nb::list as_list(const std::vector<Choice>& choices) {
 nb::dict as_dict(const Stats& stats);
 
 void bind_speculator(nb::module_& module);
+void bind_reuse(nb::module_& module);
+
+// `reuse`, of tokens from `num_open` on, if there is any.
+SequenceId new_sequence(Engine& engine, size_t prompt_length, const std::optional<ReuseSettings>& reuse,
+                        size_t num_open);
+SequenceId fork_sequence(Engine& engine, SequenceId parent, const std::optional<ReuseSettings>& reuse);
 
 }  // namespace relufy::bindings

@@ -9,12 +9,15 @@ namespace {
 
 using Released = nb::call_guard<nb::gil_scoped_release>;
 
-// `draft` is another engine, or none: then proposals are looked up in the text.
+// `draft` is another engine, or none: then the engine drafts for itself from the neurons of the last `window`
+// tokens, or where that is 0, proposals are looked up in the text.
 void make_speculator(Speculator* self, Engine& engine, Engine* draft, size_t gamma, bool is_adaptive,
-                     double least_probability, size_t least_match) {
+                     double least_probability, size_t least_match, size_t window) {
   std::unique_ptr<Drafter> drafter;
   if (draft)
     drafter = std::make_unique<ModelDrafter>(*draft, engine.decoder().vocab_size, least_probability);
+  else if (window > 0)
+    drafter = std::make_unique<SelfDrafter>(engine, window, least_probability);
   else
     drafter = std::make_unique<LookupDrafter>(least_match);
   new (self) Speculator(engine, std::move(drafter), {gamma, is_adaptive});
@@ -63,7 +66,7 @@ nb::dict counts(Speculator& speculator) {
 void bind_speculator(nb::module_& module) {
   nb::class_<Speculator>(module, "Speculator")
       .def("__init__", &make_speculator, "engine"_a, "draft"_a.none(), "gamma"_a, "is_adaptive"_a,
-           "least_probability"_a, "least_match"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+           "least_probability"_a, "least_match"_a, "window"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("read", &Speculator::read, "sequence"_a, "next"_a, Released())
       .def("decode", &decode, "sequence"_a, "tokens"_a, "count"_a, "most"_a, "stops"_a, "sampling"_a,
            "logprobs"_a)

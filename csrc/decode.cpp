@@ -40,6 +40,8 @@ std::vector<Choice> Engine::decode(SequenceId id, std::span<const int32_t> token
   check_room(id, count > SIZE_MAX - tokens.size() ? count : tokens.size() + count - 1);
   kv_.check_room(id, tokens.size() + count - 1);  // and nobody else takes any before the end
   std::vector<Choice> chosen;
+  ActiveSetPolicy* policy = find_policy(id);
+  std::unique_ptr<ActiveSetPolicy> policy_before = policy ? policy->fork() : nullptr;
   try {
     chosen.reserve(count);
     logits_.resize(decoder_.vocab_size);
@@ -51,7 +53,8 @@ std::vector<Choice> Engine::decode(SequenceId id, std::span<const int32_t> token
       work.tokens = {&token, 1};
     }
   } catch (...) {
-    truncate_locked(id, before);
+    kv_.truncate(id, before);
+    if (policy) policies_[id] = std::move(policy_before);
     throw;
   }
   return chosen;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "mix.h"
+#include "reuse.h"
 
 namespace relufy {
 
@@ -29,10 +30,8 @@ void LookupDrafter::propose(const Text& text, size_t most, const Sampling&, Prop
 
 ModelDrafter::ModelDrafter(Engine& engine, size_t vocab_size, double least_probability)
     : engine_(engine),
-      vocab_size_(std::min(vocab_size, engine.decoder().vocab_size)),
-      least_probability_(least_probability),
       logits_(engine.decoder().vocab_size),
-      sampler_(vocab_size_) {}
+      sampler_(std::min(vocab_size, engine.decoder().vocab_size), least_probability) {}
 
 ModelDrafter::~ModelDrafter() {
   if (sequence_) engine_.free(*sequence_);
@@ -74,22 +73,56 @@ void ModelDrafter::read(const Text& text) {
 }
 
 void ModelDrafter::propose(const Text& text, size_t most, const Sampling& sampling, Proposal& proposal) {
-  proposal.clear();
-  proposal.row_size = vocab_size_;
+  sampler_.begin(sampling, proposal);
   if (most == 0 || !knows(text.tokens)) return;
   step(text.tokens.subspan(go_back_to(text)), Logits::last);
-  Sampling own = sampling;
-  std::erase_if(own.logit_bias, [this](auto bias) { return static_cast<size_t>(bias.first) >= vocab_size_; });
-  while (choose({known_, prompt_length_}, own, proposal) && proposal.tokens.size() < most) {
+  while (sampler_.choose(logits_.data(), {known_, prompt_length_}, proposal) &&
+         proposal.tokens.size() < most) {
     int32_t token = proposal.tokens.back();
     step({&token, 1}, Logits::last);
   }
 }
 
-// Proposes one more token, from the last step's logits, or returns false.
-bool ModelDrafter::choose(const Past& past, const Sampling& sampling, Proposal& proposal) {
-  if (sampling.temperature == 0.0) {
-    Choice choice = sampler_.choose(logits_.data(), sampling, past);
+SelfDrafter::SelfDrafter(Engine& engine, size_t window, double least_probability)
+    : engine_(engine),
+      window_(window),
+      logits_(engine.decoder().vocab_size),
+      sampler_(engine.decoder().vocab_size, least_probability) {}
+
+void SelfDrafter::propose(const Text& text, size_t most, const Sampling& sampling, Proposal& proposal) {
+  sampler_.begin(sampling, proposal);
+  if (most == 0) return;
+  SequenceId id = engine_.fork(text.sequence, [this, most](const ActiveSetPolicy* own, size_t length) {
+    auto kept = dynamic_cast<const Reuse*>(own);
+    if (!kept) throw std::invalid_argument("only a sequence with reuse, of period 1, can draft for itself");
+    return kept->with({.period = most + 1, .window = window_}, length);
+  });
+  try {
+    tokens_.assign(text.tokens.begin(), text.tokens.end());
+    do {
+      const Work work{id, {&tokens_.back(), 1}};
+      engine_.step({&work, 1}, Logits::last, logits_.data());
+      if (!sampler_.choose(logits_.data(), {tokens_, text.prompt_length}, proposal)) break;
+      tokens_.push_back(proposal.tokens.back());
+    } while (proposal.tokens.size() < most);
+  } catch (...) {
+    engine_.free(id);
+    throw;
+  }
+  engine_.free(id);
+}
+
+void DraftSampler::begin(const Sampling& sampling, Proposal& proposal) {
+  proposal.clear();
+  proposal.row_size = vocab_size_;
+  sampling_ = sampling;
+  std::erase_if(sampling_.logit_bias,
+                [this](auto bias) { return static_cast<size_t>(bias.first) >= vocab_size_; });
+}
+
+bool DraftSampler::choose(const float* logits, const Past& past, Proposal& proposal) {
+  if (sampling_.temperature == 0.0) {
+    Choice choice = sampler_.choose(logits, sampling_, past);
     if (std::exp(choice.logprob) < least_probability_) return false;
     proposal.tokens.push_back(choice.token);
     return true;
@@ -97,12 +130,12 @@ bool ModelDrafter::choose(const Past& past, const Sampling& sampling, Proposal& 
   size_t before = proposal.rows.size();
   proposal.rows.resize(before + vocab_size_);
   std::span<float> row(&proposal.rows[before], vocab_size_);
-  sampler_.probabilities(logits_.data(), sampling, past, row.data());
+  sampler_.probabilities(logits, sampling_, past, row.data());
   if (*std::max_element(row.begin(), row.end()) < least_probability_) {
     proposal.rows.resize(before);
     return false;
   }
-  proposal.tokens.push_back(draw(row, uniform(sampling.seed, past.tokens.size(), Stream::draft)));
+  proposal.tokens.push_back(draw(row, uniform(sampling_.seed, past.tokens.size(), Stream::draft)));
   return true;
 }
 

@@ -62,9 +62,29 @@ class LookupDrafter : public Drafter {
   size_t least_match_;
 };
 
-// Another model of the same vocabulary. It chooses as the request says, penalties and all, and stops where
-// its likeliest token has less than `least_probability`: in its own distribution where it takes the likeliest
-// token, else in the one that it draws from.
+// Chooses the tokens of a model that drafts, as the request says, penalties and all; and stops where its
+// likeliest token has less than `least_probability`: in its own distribution where it takes the likeliest
+// token, else in the one that it draws from. Tokens from `vocab_size` on are never chosen.
+class DraftSampler {
+ public:
+  DraftSampler(size_t vocab_size, double least_probability)
+      : vocab_size_(vocab_size), least_probability_(least_probability), sampler_(vocab_size) {}
+
+  size_t vocab_size() const { return vocab_size_; }
+
+  void begin(const Sampling& sampling, Proposal& proposal);
+
+  // Proposes one more token, from the logits after the past, or returns false.
+  bool choose(const float* logits, const Past& past, Proposal& proposal);
+
+ private:
+  size_t vocab_size_;
+  double least_probability_;
+  Sampling sampling_;
+  Sampler sampler_;
+};
+
+// Another model of the same vocabulary.
 class ModelDrafter : public Drafter {
  public:
   // `vocab_size` is that of the model that verifies; tokens beyond it are never proposed.
@@ -81,16 +101,31 @@ class ModelDrafter : public Drafter {
   bool knows(std::span<const int32_t> tokens) const;
   size_t go_back_to(const Text& text);
   void step(std::span<const int32_t> tokens, Logits wanted);
-  bool choose(const Past& past, const Sampling& sampling, Proposal& proposal);
 
   Engine& engine_;
-  size_t vocab_size_;
-  double least_probability_;
   std::optional<SequenceId> sequence_;
   std::vector<int32_t> known_;  // the sequence's tokens
   size_t prompt_length_ = 0;
   std::vector<float> logits_;
-  Sampler sampler_;
+  DraftSampler sampler_;
+};
+
+// The model itself, limited to the neurons that the last `window` tokens had active: on a fork of the
+// sequence, which must keep track of these (a Reuse of period 1 does).
+class SelfDrafter : public Drafter {
+ public:
+  SelfDrafter(Engine& engine, size_t window, double least_probability);
+
+  void read(const Text&) override {}
+  void propose(const Text& text, size_t most, const Sampling& sampling, Proposal& proposal) override;
+  Engine* engine() const override { return &engine_; }
+
+ private:
+  Engine& engine_;
+  size_t window_;
+  std::vector<int32_t> tokens_;
+  std::vector<float> logits_;
+  DraftSampler sampler_;
 };
 
 }  // namespace relufy

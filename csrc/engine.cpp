@@ -49,8 +49,9 @@ SequenceId Engine::fork(SequenceId parent) {
   return id;
 }
 
-SequenceId Engine::fork(SequenceId parent, std::unique_ptr<ActiveSetPolicy> policy) {
+SequenceId Engine::fork(SequenceId parent, const PolicyMaker& make) {
   std::lock_guard lock(mutex_);
+  std::unique_ptr<ActiveSetPolicy> policy = make(find_policy(parent), kv_.length(parent));
   check_policy(policy.get());
   SequenceId id = kv_.fork(parent);
   if (policy) policies_[id] = std::move(policy);

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -97,8 +98,9 @@ class Engine {
 
   SequenceId fork(SequenceId parent);
 
-  // The same, with another policy than the parent's.
-  SequenceId fork(SequenceId parent, std::unique_ptr<ActiveSetPolicy> policy);
+  // The same, with another policy, which is made of the parent's, null if it has none, and of its length.
+  using PolicyMaker = std::function<std::unique_ptr<ActiveSetPolicy>(const ActiveSetPolicy*, size_t)>;
+  SequenceId fork(SequenceId parent, const PolicyMaker& make);
 
   // Null where a sequence has none. Valid until the sequence changes.
   const ActiveSetPolicy* policy(SequenceId id);

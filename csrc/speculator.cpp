@@ -99,7 +99,11 @@ void Speculator::propose(SequenceId id, size_t most, const Sampling& sampling) {
   Engine* reader = drafter_->engine();
   Stats before = reader ? reader->stats() : Stats{};
   double start = now();
-  drafter_->propose({text_, prompt_length_, id}, most, sampling, proposal_);
+  try {
+    drafter_->propose({text_, prompt_length_, id}, most, sampling, proposal_);
+  } catch (const OutOfKv&) {
+    proposal_.clear();  // others have taken the room: a plain step needs less
+  }
   counts_.draft_seconds += now() - start;
   if (!reader) return;
   Stats after = reader->stats();

@@ -11,7 +11,8 @@
 // Penalties count what precedes a place. A random number is a hash of the request's seed, of the place, and
 // of what it is for: a proposal, its acceptance, or the model's own choice (alone, after a rejection, or
 // after the last proposal). How many tokens are proposed depends on the request and on what was written,
-// never on time, so a request gives the same text whatever else runs.
+// never on time, so a request gives the same text whatever
+// else runs; but where others fill the KV cache, a draft may lack the room for a proposal.
 #pragma once
 
 #include "drafter.h"

@@ -18,7 +18,7 @@ import torch
 
 from relufy.files import replacing
 from relufy.measure.quality import perplexity
-from relufy.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from relufy.model.checkpoint import load_model, save_checkpoint
 from relufy.recipe import Finetune, recipe_from_mapping
 from relufy.schema import from_mapping, to_mapping
 from relufy.train.finetune import finetune
@@ -88,7 +88,8 @@ def run(job: Job, work: Path) -> Result:
     """Train as the job says, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    texts, settings = Texts(work), job.settings
+    texts = Texts(work)
+    settings = dataclasses.replace(job.settings, compile=device.type == "cuda")
     model = _starting_model(job, work).to(device)  # type: ignore[arg-type]
     teacher = load_model(_folder(job.teacher, work)).to(device) if job.teacher else None  # type: ignore[arg-type]
     pre = {"before": _preactivations(model, texts)} if job.preactivations else {}
@@ -99,8 +100,7 @@ def run(job: Job, work: Path) -> Result:
         before = evaluate(model, texts, cett=False)
     if job.text == "self":
         assert teacher is not None
-        bos = load_tokenizer(_folder(job.teacher, work)).bos_token_id
-        count = settings.steps * settings.batch_size
+        count, bos = settings.steps * settings.batch_size, texts.tokenizer.bos_token_id
         windows = write_windows(teacher, count, settings.window, settings.seed, bos)
     else:
         windows = texts.train(settings.window)

@@ -1,4 +1,4 @@
-"""Writes a study's figures: a small JSON file of its results, its tables in Markdown, its plot.
+"""Writes a study's figures: a small JSON file of its results, its plot, its tables, also in its document.
 
     python -m studies.report activations WORK -o docs/studies
 
@@ -13,6 +13,9 @@ from typing import Any
 
 from studies.runner import finished
 from studies.summary import short
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+"""Where a document has its tables."""
 
 
 def write(study: str, work: Path, output: Path) -> Path:
@@ -29,9 +32,20 @@ def write(study: str, work: Path, output: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     module = import_module(f"studies.{study}")
-    (folder / "tables.md").write_text(module.tables(results))
+    tables = module.tables(results)
+    (folder / "tables.md").write_text(tables)
     module.draw(results, folder / "plot.png")
+    document = output / f"{study}.md"
+    if document.is_file():
+        document.write_text(with_tables(document.read_text(), tables))
     return folder
+
+
+def with_tables(document: str, tables: str) -> str:
+    """Return the document with these tables between its marks."""
+    before, _, rest = document.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
 
 
 def main() -> None:

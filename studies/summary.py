@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relufy.measure.preactivations import LayerPreActivations
+from relufy.schema import from_mapping
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -22,6 +25,12 @@ class Seeds:
         variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
         return Seeds(mean, math.sqrt(variance / len(values)), len(values))
 
+    def against(self, control: "Seeds") -> str:
+        """Return how much greater the perplexity is than a control's, both given as nats, in percent."""
+        change = math.exp(self.mean - control.mean)
+        error = "" if self.count == 1 else f" ± {100 * change * math.hypot(self.error, control.error):.2f}"
+        return f"{100 * (change - 1):+.2f}{error} %"
+
     def text(self, digits: int = 4) -> str:
         """Return "mean ± error" as it is printed in a table."""
         error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
@@ -38,9 +47,23 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
         "finetune": job["finetune"],
         "tokens": result["tokens"],
         "checks": [[tokens, round(nats, 4)] for tokens, nats in result["checks"]],
+        "penalty_strength": result["curve"][-1].get("penalty_strength"),
+        "before": result["before"] and _figures(result["before"]),
         "final": _figures(result["final"]),
         "after": [_figures(after) for after in result["after"]],
+        "preactivations": {when: _shares(found) for when, found in result["preactivations"].items()},
     }
+
+
+GRID = [round(-10 + 0.25 * step, 2) for step in range(57)]
+"""Where a distribution of pre-activations is kept: -10 to 4."""
+
+
+def _shares(found: dict[str, Any]) -> list[float]:
+    """Return the share of pre-activations at or below each value of GRID, a mean over layers."""
+    layers = [from_mapping(LayerPreActivations, layer, "layer") for layer in found["layers"]]
+    shares = [layer.shares_at_most(GRID) for layer in layers]
+    return [round(mean(values), 4) for values in zip(*shares, strict=True)]
 
 
 def _figures(found: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +80,22 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
         "macs_paper": found["macs_paper"],
         "cett": found["cett"] and round(found["cett"], 5),
     }
+
+
+def nats(results: Sequence[dict[str, Any]]) -> Seeds:
+    """Return the test loss of an arm's results, one for each seed."""
+    return Seeds.of([result["final"]["nats"] for result in results])
+
+
+def share(results: Sequence[dict[str, Any]], name: str, digits: int = 1) -> str:
+    """Return a mean over results in percent: "dead", "union_density" and the like, or a site's zeros."""
+    values = [r["final"]["sparsity"].get(name, r["final"].get(name)) for r in results]
+    known = [value for value in values if value is not None]
+    return percent(mean(known), digits) if known else ""
+
+
+def perplexity(found: Seeds) -> str:
+    return f"{math.exp(found.mean):.2f}"
 
 
 def mean(values: Sequence[float]) -> float:

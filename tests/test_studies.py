@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from studies.job import Job
-from studies.report import write
+from studies.report import with_tables, write
 from studies.summary import Seeds, table
 
 from conftest import REPOSITORY
 
-STUDIES = ("models", "activations", "recovery", "prosparse", "data_free", "stage2")
+STUDIES = (
+    *("activations", "recovery", "prosparse", "data_free", "stage2"),
+    *("bundled", "bundled_sparse", "large"),
+)
 KEPT = REPOSITORY / "docs" / "studies"
 
 
@@ -58,11 +61,10 @@ def test_kept_tables_are_those_of_the_kept_results(folder: Path, tmp_path: Path)
     assert (tmp_path / name / "results.json").read_text() == (KEPT / name / "results.json").read_text()
 
 
-def test_the_document_has_the_figures_of_its_table() -> None:
-    document = (KEPT / "activations.md").read_text()
-    for line in (KEPT / "activations" / "tables.md").read_text().splitlines()[2:]:
-        title, _, loss, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert f"| {title} | {loss} |" in document
+@pytest.mark.parametrize("folder", sorted(KEPT.glob("*/tables.md")), ids=lambda path: path.parent.name)
+def test_the_document_has_the_tables(folder: Path) -> None:
+    document = folder.parent.with_suffix(".md").read_text()
+    assert with_tables(document, folder.read_text()) == document
 
 
 def test_errors_are_those_of_means() -> None:

@@ -1,5 +1,5 @@
 // Proposals looked up in a text; and that speculation gives what plain decoding gives, bit for bit, for every
-// dtype and layout, with drafts of another model and of none.
+// dtype and layout, with drafts of another model, of the model itself, and of none.
 #include "speculator.h"
 
 #include <unistd.h>
@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "packed_model.h"
+#include "reuse.h"
 
 namespace {
 
@@ -54,9 +55,14 @@ bool same(const std::vector<Choice>& a, const std::vector<Choice>& b) {
   });
 }
 
-std::unique_ptr<Drafter> drafter_of(Engine* draft, size_t vocab_size) {
-  if (draft) return std::make_unique<ModelDrafter>(*draft, vocab_size, 0.0);
-  return std::make_unique<LookupDrafter>(1);
+constexpr size_t kWindow = 2;
+
+// A sequence for one of the drafters below: its policy keeps what a draft by itself needs.
+SequenceId new_sequence(Engine& engine, const Ids& prompt, bool drafts_itself) {
+  Reuse::Shape shape{engine.decoder().num_layers, engine.decoder().intermediate_size};
+  ReuseSettings settings{.period = 1, .window = kWindow};
+  if (!drafts_itself) return engine.new_sequence(prompt.size());
+  return engine.new_sequence(prompt.size(), std::make_unique<Reuse>(shape, settings, prompt.size()));
 }
 
 void test_same_as_plain(const TinyModel& model) {
@@ -65,19 +71,26 @@ void test_same_as_plain(const TinyModel& model) {
   Engine engine(saved(model, "target"), {.threads = 2, .context = 256});
   Engine draft(saved(other, "draft"), {.context = 256}, engine.thread_pool());
   CHECK(draft.threads() == 2);
+  enum Kind { lookup, another, same_engine, itself };
+  auto drafter = [&](Kind kind) -> std::unique_ptr<Drafter> {
+    if (kind == lookup) return std::make_unique<LookupDrafter>(1);
+    if (kind == itself) return std::make_unique<SelfDrafter>(engine, kWindow, 0.0);
+    return std::make_unique<ModelDrafter>(kind == another ? draft : engine, model.vocab, 0.0);
+  };
   Ids prompt = {1, 5, 7, 5, 7, 2, 5};
   const Sampling samplings[] = {{}, {.repetition_penalty = 1.3, .logit_bias = {{3, 0.1f}}}};
   for (const Sampling& sampling : samplings) {
     std::vector<Choice> expected = decoded(engine, prompt, 40, sampling);
-    for (Engine* proposer : {static_cast<Engine*>(nullptr), &draft, &engine})
+    for (Kind kind : {lookup, another, same_engine, itself})
       for (size_t gamma : {1, 3, 8}) {
-        SequenceId id = engine.new_sequence(prompt.size());
-        Speculator speculator(engine, drafter_of(proposer, model.vocab), {gamma, gamma == 8});
-        std::vector<Choice> found = speculator.decode(id, prompt, 40, 40, {}, sampling, 2);
-        CHECK(same(found, expected));
+        if (kind == itself && !engine.refuses_candidates().empty()) continue;
+        SequenceId id = new_sequence(engine, prompt, kind == itself);
+        Speculator speculator(engine, drafter(kind), {gamma, gamma == 8});
+        CHECK(same(speculator.decode(id, prompt, 40, 40, {}, sampling, 2), expected));
         CHECK(engine.length(id) == prompt.size() + 39);
-        CHECK(speculator.counts().chosen == 40);
-        CHECK(proposer != &engine || speculator.counts().accepted == speculator.counts().drafted);
+        SpeculationCounts counts = speculator.counts();
+        CHECK(counts.chosen == 40 && (kind == lookup || counts.drafted > 0));
+        CHECK(kind != same_engine || counts.accepted == counts.drafted);
         engine.free(id);
       }
   }

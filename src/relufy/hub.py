@@ -9,18 +9,29 @@ from relufy.errors import UserError
 
 BUNDLED = "bundled"
 """The name of the model that comes with relufy: llama-prose-3m, 3.4 M parameters, trained on old novels."""
-
+BUNDLED_SPARSE = "bundled-sparse"
+"""The same, relufied: nine of ten neurons are zero."""
 
 GGUF_MAGIC = b"GGUF"
 
 
 def bundled_model() -> Path:
     """Return the folder of the model that comes with relufy."""
-    return Path(__file__).parent / "assets" / "llama-prose-3m"
+    return _bundled_folders()[BUNDLED]
+
+
+def _bundled_folders() -> dict[str, Path]:
+    assets = Path(__file__).parent / "assets"
+    return {BUNDLED: assets / "llama-prose-3m", BUNDLED_SPARSE: assets / "llama-prose-3m-sparse"}
+
+
+def is_bundled(name: str | Path) -> bool:
+    """Return whether `name` is a model that comes with relufy, by its short or its own name."""
+    return any(str(name) in (alias, folder.name) for alias, folder in _bundled_folders().items())
 
 
 def model_folder(name: str | Path) -> Path:
-    """Return the checkpoint folder that `name` means: a folder, "bundled", or an id on the Hugging Face hub.
+    """Return the checkpoint folder that `name` means: a folder, "bundled", "bundled-sparse", or a hub id.
 
     A hub model is downloaded into the hub's own cache. Raises UserError if it is none of these.
     """
@@ -51,11 +62,13 @@ def _local_folder(name: str | Path) -> Path | None:
                 refuse_gguf(file)
             raise UserError(f"{path} holds no config.json, so it is not a checkpoint")
         return path
-    if str(name) in (BUNDLED, bundled_model().name):
-        return bundled_model()
+    for alias, folder in _bundled_folders().items():
+        if str(name) in (alias, folder.name):
+            return folder
     if path.exists() or path.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
         raise UserError(
-            f"there is no checkpoint folder {name} (or give {BUNDLED!r}, or a hub id like owner/model)"
+            f"there is no checkpoint folder {name} (or give {BUNDLED!r}, {BUNDLED_SPARSE!r} or a hub id like "
+            "owner/model)"
         )
     return None
 

@@ -40,3 +40,12 @@ def test_the_line_beside_the_bar_has_loss_zeros_and_speed() -> None:
     log |= {"sparsity": {"neuron": [0.8, 0.9]}, "dead": [0.0, 0.02], "union_density": [0.4, 0.5]}
     words = "loss 3.2500  neurons 85.0 % zero  1.0 % dead  45 % used in 8 tokens  5,000 tokens/s"
     assert detail_of(log) == words
+
+
+def test_a_target_is_also_what_a_measured_shift_is_taken_for() -> None:
+    from relufy.cli.finetune import chosen_recipe
+
+    held = chosen_recipe("relufy-held", [], 0.8, None)
+    assert held.sparsify.sparsity == 0.8 and held.finetune.penalty.target == 0.8
+    plain = chosen_recipe("relufy-stage1", [], 0.8, None)
+    assert plain.sparsify.sparsity is None and plain.finetune.penalty.target == 0.8

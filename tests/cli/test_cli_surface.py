@@ -7,7 +7,8 @@ from relufy.cli.main import app, run
 
 CHOICE = (
     "--temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty"
-    " --logit-bias --seed --stop --context-policy --keep --speculative --gamma --min-probability --adaptive"
+    " --logit-bias --seed --stop --context-policy --keep --reuse --reuse-window --reuse-policy"
+    " --speculative --gamma --min-probability --adaptive"
 )
 OPENING = "--threads --context --dtype --kv-dtype --mlock --no-mmap --load"
 
@@ -18,7 +19,8 @@ SURFACE = {
     " --against --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench crossover": "--threads --again -o --output --json",
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
-    " --turns --tokens --no-mmap --load -o --output --plot --json",
+    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --no-mmap"
+    " --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
@@ -45,6 +47,9 @@ SURFACE = {
     "measure law": "run --site --skip --average --json",
     "measure overtime": "model --text --window --max-windows --site --reuse-windows --gammas --warmup --reset"
     " --batch-size --seed --json",
+    "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
+    " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
+    " --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"

@@ -32,7 +32,8 @@ def packed(bundled, sparsified, make_checkpoint, tmp_path_factory):
         if (name, dtype) not in made:
             sources = {"dense": lambda: bundled, "stage1": lambda: sparsified(bundled, "stage1")}
             source = sources[name]() if name in sources else make_checkpoint(name.removeprefix("tiny-"))
-            made[name, dtype] = pack(source, folder / f"{name}-{dtype}.relufy", dtype)
+            purpose = "reuse" if "stage" in name else "exact"
+            made[name, dtype] = pack(source, folder / f"{name}-{dtype}.relufy", dtype, purpose)
         return made[name, dtype]
 
     return path
@@ -49,15 +50,22 @@ def draft(packed, engine) -> CpuEngine:
     return CpuEngine(packed("dense", "int4"), context=1024, threads_of=engine)
 
 
-def drafts_of(engine: relufy.Engine, draft: CpuEngine) -> dict[str, Speculation]:
-    return {
+def drafts_of(engine: relufy.Engine, draft: CpuEngine, has_zeros: bool = True) -> dict[str, Speculation]:
+    found = {
         "lookup": Speculation("lookup", gamma=5),
         "lookup-1": Speculation("lookup", gamma=3, min_match=1),
         "model": Speculation(draft, gamma=4),
         "careful": Speculation(draft, gamma=6, min_probability=0.3),
         "adaptive": Speculation(draft, gamma=8, adaptive=True),
         "itself": Speculation(engine, gamma=3),
+        "self": Speculation("self", gamma=4, window=8),
     }
+    return found if has_zeros else {name: s for name, s in found.items() if not s.is_self}
+
+
+def new_sequence(engine: CpuEngine, prompt: list[int], speculation: Speculation) -> int:
+    """Return an empty sequence that keeps what the draft needs, which may be limited from token 1 on."""
+    return engine.new_sequence(len(prompt), speculation.keeps, num_open=1)
 
 
 @pytest.mark.parametrize("gamma", range(1, 9))
@@ -66,7 +74,7 @@ def test_greedy_text_is_that_of_plain_decoding(packed, name, gamma):
     engine = relufy.Engine(packed(name), threads=1 + gamma % 3)
     draft = relufy.Engine(packed("dense", "int4"), threads_of=engine)
     plain = engine.generate(PROMPT, max_new_tokens=70).run()
-    for proposer in ("lookup", draft, engine):
+    for proposer in ("lookup", draft, engine, *(["self"] if name == "stage1" else [])):
         found = engine.generate(
             PROMPT, max_new_tokens=70, speculation=Speculation(proposer, gamma=gamma)
         ).run()
@@ -83,8 +91,8 @@ def test_every_dtype_and_sparsity(packed, recipe, dtype):
     prompt, expected = [0, *range(5, 25)], []
     plain = engine.new_sequence(len(prompt))
     expected = engine.decode(plain, prompt, 60, logprobs=2)
-    for speculation in drafts_of(engine, draft).values():
-        speculator, sequence = engine.speculator(speculation), engine.new_sequence(len(prompt))
+    for speculation in drafts_of(engine, draft, "stage" in recipe).values():
+        speculator, sequence = engine.speculator(speculation), new_sequence(engine, prompt, speculation)
         found = speculator.decode(sequence, prompt, 60, 60, logprobs=2)
         assert found == expected
         assert engine.tokens(sequence) == engine.tokens(plain)
@@ -106,10 +114,10 @@ def test_an_end_inside_a_draft_ends_the_text_there(engine, draft):
     prompt = engine.tokenizer.encode(PROMPT)
     plain = engine.new_sequence(len(prompt))
     whole = [choice.token for choice in engine.decode(plain, prompt, 40)]
-    for place, (name, speculation) in product(range(12), drafts_of(engine, draft).items()):
+    for place, (name, speculation) in product((0, 1, 2, 4, 5, 11), drafts_of(engine, draft).items()):
         stop = whole[place]
         first = whole.index(stop)
-        speculator, sequence = engine.speculator(speculation), engine.new_sequence(len(prompt))
+        speculator, sequence = engine.speculator(speculation), new_sequence(engine, prompt, speculation)
         found = speculator.decode(sequence, prompt, 40, 40, [stop])
         assert [choice.token for choice in found] == whole[: first + 1], name
         assert engine.tokens(sequence) == [*prompt, *whole[:first]]
@@ -135,7 +143,7 @@ def test_a_full_context_is_full_at_the_same_token(packed, room, policy):
     prompt = engine.tokenizer.decode(engine.tokenizer.encode(PROMPT * 3)[: 63 - room])
     options = {"max_new_tokens": 3 if policy == "refuse" and room > 4 else 80, "context_policy": policy}
     plain = engine.generate(prompt, **options).run()
-    for proposer in ("lookup", draft):
+    for proposer in ("lookup", draft, "self"):
         found = engine.generate(prompt, speculation=Speculation(proposer, gamma=6), **options).run()
         assert found.token_ids == plain.token_ids and found.finish_reason == plain.finish_reason
         assert found.stats.num_slides == plain.stats.num_slides
@@ -206,7 +214,7 @@ def counted(texts: list[tuple[int, ...]]) -> np.ndarray:
     return np.array([counts[text] for text in product(range(VOCAB), repeat=LENGTH)], float)
 
 
-@pytest.mark.parametrize("proposer", ["draft", "careful", "adaptive", "lookup"])
+@pytest.mark.parametrize("proposer", ["draft", "careful", "adaptive", "lookup", "self"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_samples_follow_the_models_distribution(small, name, proposer):
     engine, draft = small
@@ -216,10 +224,11 @@ def test_samples_follow_the_models_distribution(small, name, proposer):
         "careful": Speculation(draft, gamma=2, min_probability=0.3),
         "adaptive": Speculation(draft, gamma=2, adaptive=True),
         "lookup": Speculation("lookup", gamma=2, min_match=1),
+        "self": Speculation("self", gamma=2, window=1),
     }[proposer]
     rows = distributions(engine, prompt, base)
-    speculator = Speculator(engine, speculation, draft if proposer != "lookup" else None)
-    texts, sequence = [], engine.new_sequence(len(prompt))
+    speculator = Speculator(engine, speculation, None if isinstance(speculation.draft, str) else draft)
+    texts, sequence = [], new_sequence(engine, prompt, speculation)
     for seed in range(NUM_SAMPLES):
         sampling = Sampling(**(vars(base) | {"seed": seed}))
         chosen = speculator.decode(sequence, prompt, LENGTH, LENGTH, sampling=sampling)
@@ -374,6 +383,19 @@ def test_an_adaptive_gamma_wastes_less(engine):
     assert text == same and 0 < adapted < 0.7 * fixed
 
 
+def test_a_model_that_drafts_for_itself_reads_less(engine):
+    """Its drafts are limited to neurons that were active lately, and its verifications are not."""
+    stats = {}
+    for window in (2, 64):
+        speculation = Speculation("self", gamma=4, window=window)
+        stats[window] = engine.generate(PROMPT, 120, speculation=speculation).run().stats.speculation
+        assert stats[window].drafted > 60 and 0.3 < stats[window].acceptance < 1
+    drafts = {window: s.draft_weight_bytes / s.drafted for window, s in stats.items()}
+    assert drafts[2] < drafts[64] < stats[2].bytes_by_size[5]
+    assert stats[2].acceptance < stats[64].acceptance
+    assert engine.stats()["limited"] > 0
+
+
 def test_a_careful_draft_proposes_less_and_is_right_more_often(engine, draft):
     def run(min_probability: float):
         speculation = Speculation(draft, gamma=4, min_probability=min_probability)
@@ -408,6 +430,15 @@ def test_drafts_that_cannot_draft_are_refused_by_name(engine, packed):
         engine.generate("a", speculation=Speculation(CpuEngine(packed("dense", "int4"), context=32)))
     with pytest.raises(relufy.UserError, match="there is no checkpoint folder"):
         engine.generate("a", speculation="nonesuch")
+    with pytest.raises(
+        relufy.UserError, match=r"neurons of this file can't be reused: no neurons are skipped"
+    ):
+        relufy.Engine(packed("dense")).generate("a", speculation="self")
+    with pytest.raises(relufy.UserError, match="reuse is not exact, and speculation"):
+        engine.generate("a", speculation="lookup", reuse=4)
+    speculator = engine.speculator(Speculation("self"))
+    with pytest.raises(relufy.UserError, match="only a sequence with reuse, of period 1"):
+        speculator.decode(engine.new_sequence(), [1], 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +452,8 @@ def test_drafts_that_cannot_draft_are_refused_by_name(engine, packed):
         ({"draft": "lookup", "min_probability": 0.5}, "min_probability is for a draft model"),
         ({"draft": "model", "min_probability": 1.5}, "min_probability must be at least 0 and at most 1"),
         ({"draft": "model", "min_match": 2}, "min_match is for the draft lookup"),
+        ({"draft": "lookup", "window": 8}, "window is for the draft self"),
+        ({"draft": "self", "window": 0}, "window must be"),
     ],
     ids=str,
 )

@@ -275,3 +275,22 @@ def test_an_unfit_teacher_is_refused(teacher) -> None:
         finetune(model, SHORT, windows_of(), teacher=model)
     with pytest.raises(UserError, match="without an output folder"):
         finetune(model, SHORT, windows_of(), teacher=teacher, resume=True)
+
+
+def test_compiled_training_takes_the_same_steps_and_reports_the_same_zeros(teacher, monkeypatch) -> None:
+    """With the compiler's own tracing but without its code generation, which takes a minute."""
+    monkeypatch.setattr("relufy.train.arguments.COMPILER", "aot_eager")
+    penalty = Penalty(strength=(0.0, 1.0, 1.0), until=(0.1, 0.5, 1.0), target=0.8)
+    settings = with_changes(SHORT, distill=0.0, log_steps=3, penalty=penalty)
+    found = {}
+    for is_compiled in (False, True):
+        model = relufied(teacher)
+        torch._dynamo.utils.counters.clear()
+        result = finetune(model, with_changes(settings, compile=is_compiled), windows_of())
+        frames = torch._dynamo.utils.counters["frames"]["ok"]
+        assert (frames > 0) == is_compiled, "the steps between reports run compiled"
+        found[is_compiled] = weights(model), result.logs
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-6)
+    for compiled, plain in zip(found[True][1], found[False][1], strict=True):
+        assert compiled["sparsity"]["neuron"] == pytest.approx(plain["sparsity"]["neuron"])
+        assert compiled["penalty"] == pytest.approx(plain["penalty"], rel=1e-5)

@@ -7,6 +7,7 @@ plain data. Tokens that are not chosen by the model are given, the same to all.
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 from relufy.bench.llama_cpp import LlamaCpp
 from relufy.bench.probe import read_bandwidth
 from relufy.engine.cpu import CpuEngine
+from relufy.engine.generation_stats import combined
+from relufy.engine.reuse import Reuse, reuse_stats
 
 SPARE_POSITIONS = 64
 """Positions of each sequence beyond the longest turn: the KV cache is made of blocks."""
@@ -26,16 +29,27 @@ class EngineContender:
     """Our engine on one packed file."""
 
     def __init__(
-        self, path: str, threads: int, positions: int, kv_dtype: str, load: bool = False, sequences: int = 1
+        self,
+        path: str,
+        threads: int,
+        positions: int,
+        kv_dtype: str,
+        load: bool = False,
+        sequences: int = 1,
+        reuse: dict[str, Any] | None = None,
     ):
+        self._reuse = None if reuse is None else Reuse(**reuse)
         context = sequences * (positions + SPARE_POSITIONS)
         self._engine = CpuEngine(path, threads, context, kv_dtype=kv_dtype, load=load)
         self._sequences = [self._engine.new_sequence() for _ in range(sequences)]
 
     def read(self, prompts: list[list[int]]) -> None:
         """Give each of the first sequences its prompt."""
-        for sequence, prompt in zip(self._sequences, prompts, strict=False):
-            self._engine.step([(sequence, prompt)], "none")
+        for place, prompt in enumerate(prompts):
+            if self._reuse:
+                self._engine.free(self._sequences[place])
+                self._sequences[place] = self._engine.new_sequence(len(prompt), self._reuse)
+            self._engine.step([(self._sequences[place], prompt)], "none")
 
     def decode(self, token: int, count: int) -> Turn:
         """Write `count` tokens, the likeliest, one at a time."""
@@ -88,6 +102,9 @@ class EngineContender:
         read = {key: after[key] - before[key] for key in ("tokens", "weight_bytes", "kv_bytes")}
         sparsity = self._engine.sparsity(before, after)
         turn = {"seconds": seconds, **read, "density": {s: [1 - v for v in sparsity[s]] for s in sparsity}}
+        if self._reuse:
+            width = int(self._engine.header.numbers["intermediate_size"])
+            turn["reuse"] = asdict(reuse_stats(combined(after, before, -1), width))
         if steps:
             turn |= {"steps": steps, "union_density": self._engine.union_density(before, after, steps)}
         return turn

@@ -21,19 +21,31 @@ NUM_MEASURED = 64
 
 @dataclass(frozen=True)
 class Densities:
-    """The shares that stay: of the MLP's neurons, and of the inputs of q k v, o and gate (None: all)."""
+    """The shares that stay: of the MLP's neurons, and of the inputs of q k v, o and gate (None: all).
+
+    With `union`, only that share of each layer's neurons is ever active, drawn at random: what a real model's
+    tokens need together, however many of them.
+    """
 
     neurons: float
     inputs: float | None = None
+    union: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("--mlp-density", self.neurons), ("--input-density", self.inputs)):
+        named = {"--mlp-density": self.neurons, "--input-density": self.inputs, "--window-union": self.union}
+        for name, value in named.items():
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name} must be above 0 and at most 1, found {value:g}")
+        if self.union is not None and self.union <= 2 * self.neurons:
+            raise UserError(
+                f"--window-union must be more than twice --mlp-density {self.neurons:g}, for half of all "
+                f"gates are positive; found {self.union:g}"
+            )
 
     def label(self) -> str:
         inputs = "" if self.inputs is None else f"-input{self.inputs:g}"
-        return f"mlp{self.neurons:g}{inputs}"
+        union = "" if self.union is None else f"-union{self.union:g}"
+        return f"mlp{self.neurons:g}{inputs}{union}"
 
 
 def find_sparsifiers(

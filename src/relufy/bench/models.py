@@ -46,10 +46,10 @@ def prepare_files(options: BenchOptions, progress: Progress) -> BenchFiles:
         progress(f"writing {', '.join(kinds)} for llama.cpp", 0, 1)
     llama_cpp = gguf_files(weights, bench_folder() / "gguf", kinds) if kinds else {}
     packs = {}
-    for index, mode in enumerate(("exact", "dense")):
+    for index, mode in enumerate((options.pack_for, "dense")):
         progress("packing", index, 2)
         packs[mode] = packed_model(checkpoint, options.dtype, for_=mode, weights=open_weights(checkpoint))
-    files = BenchFiles(packs["exact"], packs["dense"], llama_cpp)
+    files = BenchFiles(packs[options.pack_for], packs["dense"], llama_cpp)
     refuse_few_positions(files.sparse, options.positions)
     refuse_more_than_memory([files.sparse, files.dense, *llama_cpp.values()])
     return files

@@ -1,11 +1,12 @@
 """What the benchmarks of a model are asked to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relufy.bench.densities import Densities
 from relufy.bench.llama_cpp import MATCHING
 from relufy.bench.shapes import MAX_CONTEXT, find_shape
+from relufy.engine.reuse import Reuse
 from relufy.engine.speculation import Speculation
 from relufy.errors import UserError
 
@@ -36,7 +37,9 @@ class BenchOptions:
             raise UserError("give either --shape or --model, one of the two")
         if self.shape is not None:
             find_shape(self.shape)
-        elif self.mlp_density is not None or self.input_density is not None:
+        elif any(
+            getattr(self, name, None) is not None for name in ("mlp_density", "input_density", "window_union")
+        ):
             raise UserError("densities are for --shape; the zeros of --model are its own")
         if self.dtype not in MATCHING:
             raise UserError(f"--dtype must be one of {', '.join(MATCHING)}, found {self.dtype!r}")
@@ -55,6 +58,11 @@ class BenchOptions:
     @property
     def densities(self) -> Densities:
         return Densities(0.1 if self.mlp_density is None else self.mlp_density, self.input_density)
+
+    @property
+    def pack_for(self) -> str:
+        """What the sparse contender's file is packed for."""
+        return "exact" if getattr(self, "reuse", None) is None else "reuse"
 
     @property
     def positions(self) -> int:
@@ -91,10 +99,22 @@ class DecodeOptions(BenchOptions):
 
     context: int = 256
     tokens: int = 32
+    reuse: Reuse | None = None
+    window_union: float | None = None
 
     @property
     def positions(self) -> int:
         return self.context + self.tokens
+
+    @property
+    def densities(self) -> Densities:
+        return replace(super().densities, union=self.window_union)
+
+    @property
+    def label(self) -> str:
+        union = "" if self.window_union is None else f", union {self.window_union:g}"
+        reuse = "" if self.reuse is None else f", reuse: {self.reuse.label()}"
+        return super().label + union + reuse
 
     @property
     def density_context(self) -> int:

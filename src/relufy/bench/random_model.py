@@ -37,11 +37,11 @@ class RandomWeights(SafetensorsFolder):
     """A SafetensorsFolder without files: float32 of values that bfloat16 can hold, drawn when they are read.
 
     All are uniform. Matrices have variance 1 / inputs, the embedding 1; norms are 1 +- 0.1. `folder` holds
-    their config.json.
+    their config.json. With `union`, only that share of each layer's gates, drawn at random, is not zero.
     """
 
-    def __init__(self, folder: Path, shape: Shape, seed: int):
-        self.folder = folder
+    def __init__(self, folder: Path, shape: Shape, seed: int, union: float | None = None):
+        self.folder, self._union = folder, union
         self._shapes, self._seed = shape.tensors(), seed
         self._places = {name: place for place, name in enumerate(self._shapes)}
 
@@ -67,6 +67,9 @@ class RandomWeights(SafetensorsFolder):
             block *= np.float32(UNIFORM_WIDTH * deviation)
             block += np.float32(middle)
             block[:] = rounded_to_bfloat16(block)
+        if self._union is not None and "gate_proj" in name:
+            silent = np.random.default_rng([self._seed, self._places[name], 1]).permutation(len(values))
+            values[silent[round(self._union * len(values)) :]] = 0
         return values
 
 
@@ -75,7 +78,7 @@ def open_weights(folder: Path) -> SafetensorsFolder:
     random = read_config(folder).get(RANDOM)
     if random is None:
         return SafetensorsFolder(folder)
-    return RandomWeights(folder, find_shape(random["shape"]), int(random["seed"]))
+    return RandomWeights(folder, find_shape(random["shape"]), int(random["seed"]), random.get("union"))
 
 
 def bench_folder() -> Path:
@@ -89,15 +92,16 @@ def dense_model(shape: Shape, seed: int) -> Path:
 
 
 def sparse_model(shape: Shape, densities: Densities, context: int, seed: int, progress: Progress) -> Path:
-    """Return the folder of the same weights whose sites have the densities at a context, made on first
-    use."""
-    dense = dense_model(shape, seed)
-    folder = dense.with_name(f"{dense.name}-{densities.label()}-context{context}")
+    """Return the folder of the same weights (but for silent gates, with a union) whose sites have the
+    densities at a context, made on first use."""
+    folder = bench_folder() / f"{shape.name}-random{seed}-{densities.label()}-context{context}"
     if folder.is_dir():
         return folder
-    sparsifiers = find_sparsifiers(open_weights(dense), shape.config(), densities, context, seed, progress)
+    weights = RandomWeights(folder, shape, seed, densities.union)
+    sparsifiers = find_sparsifiers(weights, shape.config(), densities, context, seed, progress)
     return _model_folder(
-        folder.name, _config(shape, seed) | sparse_settings(ActivationSparsity(tuple(sparsifiers)))
+        folder.name,
+        _config(shape, seed, densities.union) | sparse_settings(ActivationSparsity(tuple(sparsifiers))),
     )
 
 
@@ -106,8 +110,9 @@ def sparse_settings(sparsity: ActivationSparsity) -> dict[str, Any]:
     return {"hidden_act": RELUFY_ACT, BLOCK_KEY: sparsity.to_block(), "quantization_config": POINTER}
 
 
-def _config(shape: Shape, seed: int) -> dict[str, Any]:
-    return shape.config() | {RANDOM: {"shape": shape.name, "seed": seed}}
+def _config(shape: Shape, seed: int, union: float | None = None) -> dict[str, Any]:
+    own = {} if union is None else {"union": union}
+    return shape.config() | {RANDOM: {"shape": shape.name, "seed": seed} | own}
 
 
 def _model_folder(name: str, config: dict[str, Any]) -> Path:

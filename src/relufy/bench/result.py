@@ -7,6 +7,8 @@ from typing import Any
 from relufy.engine.packed_file import BUNDLE, COLUMNS, ROWS, Header
 
 SPARSE, DENSE, PROBE, BLAS = "sparse", "dense", "probe", "blas"
+EXACT = "exact"
+"""The sparse contender's file without reuse, where that has it."""
 LLAMA_CPP = "llama.cpp "
 """Begins the name of each of llama.cpp's contenders; its type follows."""
 
@@ -27,16 +29,34 @@ def summarize(turns: Turns) -> dict[str, Any]:
     sparse_bytes, dense_bytes = (bytes_per_token(counted[name]) for name in (SPARSE, DENSE))
     bound, machine = dense_bytes / sparse_bytes, probed(counted)
     dense_gb_per_second = dense_bytes * speeds["dense_tokens_per_second"] / 1e9
-    return speeds | {
-        "bound_vs_dense": bound,
-        "fraction_of_bound": speeds["speedup_vs_dense"] / bound,
-        "bytes_per_token": sparse_bytes,
-        "dense_bytes_per_token": dense_bytes,
-        "gb_per_second": sparse_bytes * speeds["tokens_per_second"] / 1e9,
-        "dense_gb_per_second": dense_gb_per_second,
-        "machine_gb_per_second": machine,
-        "dense_fraction_of_machine": dense_gb_per_second / machine if machine else None,
-        "density": mean_density(counted[SPARSE]),
+    return (
+        speeds
+        | reuse_figures(counted)
+        | {
+            "bound_vs_dense": bound,
+            "fraction_of_bound": speeds["speedup_vs_dense"] / bound,
+            "bytes_per_token": sparse_bytes,
+            "dense_bytes_per_token": dense_bytes,
+            "gb_per_second": sparse_bytes * speeds["tokens_per_second"] / 1e9,
+            "dense_gb_per_second": dense_gb_per_second,
+            "machine_gb_per_second": machine,
+            "dense_fraction_of_machine": dense_gb_per_second / machine if machine else None,
+            "density": mean_density(counted[SPARSE]),
+        }
+    )
+
+
+def reuse_figures(turns: Turns) -> dict[str, Any]:
+    """Return what reuse computed of the neurons, and the exact mode's speed beside it; nothing without it."""
+    if EXACT not in turns:
+        return {}
+    rows = [turn["reuse"] for turn in turns[SPARSE]]
+    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    exact = tokens_per_second(turns[EXACT])
+    return {
+        "reuse": means,
+        "exact_tokens_per_second": exact,
+        "exact_bytes_per_token": bytes_per_token(turns[EXACT]),
     }
 
 

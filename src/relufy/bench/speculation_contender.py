@@ -6,12 +6,12 @@ from typing import Any
 from relufy.bench.contenders import SPARE_POSITIONS, Turn, peak_resident_bytes
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.sampling import Sampling
-from relufy.engine.speculation import LOOKUP, Speculation
+from relufy.engine.speculation import LOOKUP, SELF, Speculation
 from relufy.engine.speculator import Speculator
 
 
 class SpeculationContender:
-    """Continues prompts. `draft` is a packed file or "lookup"; None can only be plain."""
+    """Continues prompts. `draft` is a packed file, "lookup" or "self"; None can only be plain."""
 
     def __init__(
         self,
@@ -23,9 +23,10 @@ class SpeculationContender:
         load: bool = False,
         temperature: float = 0.0,
     ):
-        self._engine = CpuEngine(path, threads, positions, kv_dtype=kv_dtype, load=load)
+        context = positions + (SPARE_POSITIONS if draft == SELF else 0)
+        self._engine = CpuEngine(path, threads, context, kv_dtype=kv_dtype, load=load)
         self._draft, self._drafter = draft, None
-        if draft not in (None, LOOKUP):
+        if draft not in (None, LOOKUP, SELF):
             self._drafter = CpuEngine(
                 draft,
                 context=positions + SPARE_POSITIONS,
@@ -46,15 +47,16 @@ class SpeculationContender:
         """
         if gamma and self._draft is None:
             return None
+        speculation = Speculation(self._draft, gamma) if gamma and self._draft else None
         engine, (*past, last) = self._engine, self._prompts[prompt]
         sampling = Sampling(self._temperature, seed=prompt)
-        sequence = engine.new_sequence(len(past) + 1)
+        sequence = engine.new_sequence(len(past) + 1, speculation.keeps if speculation else None)
         done = engine.reuse_prefix(sequence, [*past, last])
         if past[done:]:
             engine.step([(sequence, past[done:])], "none")
         turn = (
-            self._speculate(sequence, last, gamma, count, sampling)
-            if gamma
+            self._speculate(sequence, last, speculation, count, sampling)
+            if speculation
             else self._plain(sequence, last, count, sampling)
         )
         engine.free(sequence)
@@ -82,8 +84,10 @@ class SpeculationContender:
             "text": [choice.token for choice in chosen],
         }
 
-    def _speculate(self, sequence: int, last: int, gamma: int, count: int, sampling: Sampling) -> Turn:
-        speculator = Speculator(self._engine, Speculation(self._draft or "", gamma), self._drafter)
+    def _speculate(
+        self, sequence: int, last: int, speculation: Speculation, count: int, sampling: Sampling
+    ) -> Turn:
+        speculator = Speculator(self._engine, speculation, self._drafter)
         speculator.read(sequence, last)
         start = time.perf_counter()
         chosen = speculator.decode(sequence, [last], count, count, sampling=sampling)

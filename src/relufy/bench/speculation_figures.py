@@ -87,6 +87,7 @@ def _figures(gamma: int, place: int, by_place: dict[str, Any], plain: dict[str, 
         else _skipped(read, dense_read or plain["dense_bytes_per_token"]),
         "bytes_per_token": bytes_per_token(rows),
         "draft_cost": _draft_cost(counts, plain),
+        "draft_bytes": counts["draft_bytes"] / max(1, counts["drafted"]) / plain["dense_bytes_per_token"],
         "verify_cost": counts["verify_seconds"] / counts["rounds"] * plain["dense_tokens_per_second"],
         "tokens_per_second": speed,
         "dense_tokens_per_second": dense_speed,
@@ -109,6 +110,7 @@ def _counts(rows: Sequence[Turn]) -> dict[str, Any]:
     for each in stats:
         names = ("rounds", "drafted", "accepted", "chosen", "tested", "draft_seconds", "verify_seconds")
         total.update({name: each[name] for name in names})
+        total["draft_bytes"] += each["draft_weight_bytes"] + each["draft_kv_bytes"]
     by_place = [
         [sum(values) for values in zip(*(each[name] for each in stats), strict=True)]
         for name in ("accepted_by_place", "tested_by_place")

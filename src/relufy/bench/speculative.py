@@ -7,6 +7,7 @@ the clock starts. See speculation_figures.py for what the figures mean.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from relufy.bench.speculation_figures import speculation_figures
 from relufy.bench.turns import KV_DTYPE, Workers, prerequisites, take_turns
 from relufy.bench.worker import Worker
 from relufy.engine.cache import packed_model
+from relufy.engine.pack import purpose_of
 from relufy.engine.packed_file import is_packed_file, read_header
-from relufy.engine.speculation import LOOKUP
+from relufy.engine.speculation import LOOKUP, SELF
 from relufy.engine.tokenizer import ModelTokenizer
 from relufy.errors import UserError
 from relufy.text import read_text
@@ -39,7 +41,7 @@ def bench_speculative(options: SpeculativeOptions, progress: Progress | None = N
     report = progress or (lambda task, done, total: None)
     threads = prerequisites(options)
     with bench_lock():
-        files = prepare_files(options, report)
+        files = _files(options, report)
         draft = _draft_file(options)
         prompts = _passages(options, files)
         with _contenders(files, draft, threads, options) as workers:
@@ -56,10 +58,19 @@ def bench_speculative(options: SpeculativeOptions, progress: Progress | None = N
     return document("speculative", options, files, figures, facts, busy, turns)
 
 
+def _files(options: SpeculativeOptions, report: Progress) -> BenchFiles:
+    """Return the model's packs; for a draft by itself, the sparse one is packed for reuse."""
+    files = prepare_files(options, report)
+    if options.draft != SELF or options.model is None:
+        return files
+    purpose = purpose_of(options.model, has_candidates=True)
+    return replace(files, sparse=packed_model(options.model, options.dtype, for_=purpose))
+
+
 def _draft_file(options: SpeculativeOptions) -> str:
-    """Return the draft's packed file, or "lookup"."""
-    if options.draft == LOOKUP:
-        return LOOKUP
+    """Return the draft's packed file, "lookup" or "self"."""
+    if options.draft in (LOOKUP, SELF):
+        return options.draft
     path = Path(options.draft)
     file = path if is_packed_file(path) else packed_model(options.draft, options.dtype)
     refuse_few_positions(file, options.positions)
@@ -92,7 +103,9 @@ def _contenders(
         probe = {"num_bytes": turning.PROBE_BYTES, "seconds": turning.PROBE_SECONDS}
         workers = {PROBE: start("contenders:ProbeContender", **probe)}
         shared = {"positions": options.positions, "kv_dtype": KV_DTYPE, "load": options.load}
-        shared |= {"temperature": options.temperature, "draft": draft}
-        for name, path in ((SPARSE, files.sparse), (DENSE, files.dense)):
-            workers[name] = start("speculation_contender:SpeculationContender", path=str(path), **shared)
+        shared["temperature"] = options.temperature
+        dense_draft = None if draft == SELF else draft  # which has no zeros to be limited to
+        for name, path, own in ((SPARSE, files.sparse, draft), (DENSE, files.dense, dense_draft)):
+            contender = "speculation_contender:SpeculationContender"
+            workers[name] = start(contender, path=str(path), draft=own, **shared)
         yield workers

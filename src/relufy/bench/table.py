@@ -36,6 +36,7 @@ def show_decode(found: Found) -> Shown:
     bound, reached = found["bound_vs_dense"], found["fraction_of_bound"]
     facts = [
         ("bound by bytes", f"{bound:.2f}x own dense, {reached:.3f} of it reached"),
+        *_reuse(found),
         *_ratios(found),
         *_checks(found),
         ("peak memory / (file + keys and values)", _ratio(found["peak_resident_share"])),
@@ -144,8 +145,10 @@ def show_speculative(found: Found) -> Shown:
         ("the same over plain sparse, if tokens chose neurons independently", each(_at_random)),
         ("bound by bytes over plain sparse", each(lambda f: _ratio(f["bound_vs_sparse"]))),
         ("a drafted token, in dense tokens of time", each(lambda f: f"{f['draft_cost']:.3f}")),
+        ("a drafted token, in dense tokens of bytes", each(lambda f: f"{f['draft_bytes']:.3f}")),
         ("a verification, in dense tokens of time", each(lambda f: f"{f['verify_cost']:.2f}")),
         ("best gamma by theory", f"{best['gamma']}, {best['speedup_vs_sparse']:.2f}x plain sparse"),
+        ("no gamma and no alpha passes, at this cost of a draft", f"{_ratio(best['limit_vs_sparse'])}x"),
         ("texts equal to plain decoding's", each(lambda f: f"{f['same_texts']:.0%}")),
         ("density", _sites(found["density"])),
         ("bytes skipped by one token", f"{found['bytes_skipped']:.3f}"),
@@ -177,10 +180,17 @@ def _contenders(found: Found, columns: Callable[[float, float | None], list[str]
     others = found["llama_cpp_tokens_per_second_by_type"]
     speeds = [
         ("relufy, sparse", found["tokens_per_second"], found["bytes_per_token"]),
+        *_exact(found),
         ("relufy, own dense", dense, found["dense_bytes_per_token"]),
         *((f"llama.cpp {kind}", speed, None) for kind, speed in others.items()),
     ]
     return [[name, f"{s:.2f}", f"{s / dense:.2f}", *columns(s, read)] for name, s, read in speeds]
+
+
+def _exact(found: Found) -> list[tuple[str, float, float | None]]:
+    if "reuse" not in found:
+        return []
+    return [("relufy, exact", found["exact_tokens_per_second"], found["exact_bytes_per_token"])]
 
 
 def _ratios(found: Found) -> list[tuple[str, str]]:
@@ -189,6 +199,17 @@ def _ratios(found: Found) -> list[tuple[str, str]]:
         ("own dense x llama.cpp", _ratio(found["dense_speedup_vs_llama_cpp"])),
         ("density", _sites(found["density"])),
     ]
+
+
+def _reuse(found: Found) -> list[tuple[str, str]]:
+    if "reuse" not in found:
+        return []
+    figures = found["reuse"]
+    frozen, tokens = figures["frozen_tokens"], figures["frozen_tokens"] + figures["open_tokens"]
+    words = (
+        f"{frozen:g} of {tokens:g} tokens frozen, {figures['candidate_share']:.3f} of the neurons candidates"
+    )
+    return [("reuse, not exact", f"{words}, {figures['fired_share']:.3f} active")]
 
 
 def _checks(found: Found) -> list[tuple[str, str]]:

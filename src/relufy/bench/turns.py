@@ -11,7 +11,7 @@ from relufy.bench.models import BenchFiles
 from relufy.bench.options import BenchOptions
 from relufy.bench.probe import PROBE_BYTES, PROBE_SECONDS, measurement
 from relufy.bench.random_model import Progress
-from relufy.bench.result import BLAS, DENSE, LLAMA_CPP, PROBE, SPARSE
+from relufy.bench.result import BLAS, DENSE, EXACT, LLAMA_CPP, PROBE, SPARSE
 from relufy.bench.worker import Worker
 from relufy.engine.cpu import usable_cores
 
@@ -50,8 +50,11 @@ def contenders(
         workers = {PROBE: start("contenders:ProbeContender", num_bytes=PROBE_BYTES, seconds=PROBE_SECONDS)}
         if has_blas:
             workers[BLAS] = start("blas:BlasContender")
-        for name, path in ((SPARSE, files.sparse), (DENSE, files.dense)):
+        reuse = getattr(options, "reuse", None)
+        named = {SPARSE: files.sparse, DENSE: files.dense} | ({EXACT: files.sparse} if reuse else {})
+        for name, path in named.items():
             own = {"path": str(path), "kv_dtype": KV_DTYPE, "load": options.load}
+            own |= {"reuse": reuse.document()} if reuse and name == SPARSE else {}
             workers[name] = start("contenders:EngineContender", **own, **shared)
         for kind, path in files.llama_cpp.items():
             workers[LLAMA_CPP + kind] = start("contenders:LlamaCppContender", path=str(path), **shared)

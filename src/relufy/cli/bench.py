@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from relufy.cli.options import Json, NoMmap, Threads
+from relufy.cli.options import (
+    Json,
+    NoMmap,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
+    Threads,
+    parse_reuse,
+)
 from relufy.cli.output import note, print_json, print_table, result
 from relufy.cli.progress import ProgressDisplay
 from relufy.errors import UserError
@@ -51,6 +59,13 @@ def decode(
     against: Against = "llama.cpp",
     turns: Turns = 7,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written in a turn.")] = 32,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
+    window_union: Annotated[
+        float | None,
+        typer.Option("--window-union", help="Share of a shape's neurons that is ever active; default: all."),
+    ] = None,
     no_mmap: NoMmap = False,
     output: Output = None,
     plot: Plot = None,
@@ -72,6 +87,8 @@ def decode(
         turns=turns,
         tokens=tokens,
         load=no_mmap,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        window_union=window_union,
     )
     run(partial(bench_decode, options), output, plot, json)
 

@@ -22,6 +22,9 @@ from relufy.cli.options import (
     Policy,
     PresencePenalty,
     RepetitionPenalty,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
     Seed,
     Speculative,
     Stop,
@@ -30,6 +33,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_reuse,
     parse_speculation,
 )
 from relufy.cli.output import note, note_ignored
@@ -58,6 +62,9 @@ def command(
     stop: Stop = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
     speculative: Speculative = None,
     gamma: Gamma = None,
     min_probability: MinProbability = None,
@@ -76,6 +83,7 @@ def command(
     from relufy.engine.conversation import Conversation
 
     source = _template(template, plain)
+    speculation = parse_speculation(speculative, gamma, min_probability, adaptive)
     given = {
         "temperature": temperature,
         "top_k": top_k,
@@ -89,10 +97,18 @@ def command(
         "stop": stop,
         "context_policy": context_policy,
         "keep": keep,
-        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
+        "speculation": speculation,
     }
     engine = Engine(
-        model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
+        model,
+        threads=threads,
+        context=context,
+        kv_dtype=kv_dtype,
+        load=no_mmap,
+        dtype=dtype,
+        mlock=mlock,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        for_reuse=speculation is not None and speculation.is_self,
     )
     options: Any = engine.recommended_options() | {k: v for k, v in given.items() if v is not None}
     conversation = Conversation(engine, source, system, max_new_tokens, options)

@@ -144,15 +144,23 @@ def chosen_recipe(
 
 
 def with_target(recipe: "Recipe", target: float) -> "Recipe":
-    """Return the recipe with a penalty towards this share of zeros; a way to a target of its own is kept."""
+    """Return the recipe with a penalty towards this share of zeros; a way to a target of its own is kept.
+
+    A shift that is taken from a wanted share is taken from this one.
+    """
+    from relufy.method import Relufication
     from relufy.recipe import Penalty
 
     penalty = recipe.finetune.penalty
     if penalty is None or penalty.target is None:
         penalty = Penalty(**SPARSENING)
     aimed = replace(recipe.finetune, penalty=replace(penalty, target=target))
+    method = recipe.sparsify
+    if isinstance(method, Relufication) and method.sparsity is not None:
+        method = replace(method, sparsity=target)
     return replace(
         recipe,
+        sparsify=method,
         finetune=aimed if recipe.finetune.steps else recipe.finetune,
         then=recipe.then and with_target(recipe.then, target),
     )

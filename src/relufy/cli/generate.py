@@ -24,6 +24,9 @@ from relufy.cli.options import (
     Policy,
     PresencePenalty,
     RepetitionPenalty,
+    ReusePeriod,
+    ReusePolicyName,
+    ReuseWindow,
     Seed,
     Speculative,
     Stop,
@@ -32,6 +35,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_reuse,
     parse_speculation,
 )
 from relufy.cli.output import note, note_ignored, print_json
@@ -61,6 +65,9 @@ def command(
     ] = None,
     context_policy: Policy = None,
     keep: Keep = None,
+    reuse: ReusePeriod = None,
+    reuse_window: ReuseWindow = None,
+    reuse_policy: ReusePolicyName = None,
     speculative: Speculative = None,
     gamma: Gamma = None,
     min_probability: MinProbability = None,
@@ -79,6 +86,7 @@ def command(
 
     if logprobs is not None and not json:
         raise UserError("--logprobs is told with --json only; add it")
+    speculation = parse_speculation(speculative, gamma, min_probability, adaptive)
     options: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -93,10 +101,18 @@ def command(
         "logprobs": logprobs,
         "context_policy": context_policy,
         "keep": keep,
-        "speculation": parse_speculation(speculative, gamma, min_probability, adaptive),
+        "speculation": speculation,
     }
     engine = Engine(
-        model, threads=threads, context=context, kv_dtype=kv_dtype, load=no_mmap, dtype=dtype, mlock=mlock
+        model,
+        threads=threads,
+        context=context,
+        kv_dtype=kv_dtype,
+        load=no_mmap,
+        dtype=dtype,
+        mlock=mlock,
+        reuse=parse_reuse(reuse, reuse_window, reuse_policy),
+        for_reuse=speculation is not None and speculation.is_self,
     )
     generation = engine.generate(prompt, max_new_tokens, **options)
     if not quiet:
@@ -151,10 +167,11 @@ def stats_line(stats: "GenerationStats", engine: "Engine") -> str:
     forgotten = f"; {stats.dropped_tokens} tokens of the prompt did not fit" * (stats.dropped_tokens > 0)
     forgotten += f"; the context slid {stats.num_slides} times" * (stats.num_slides > 0)
     reused = f" ({stats.reused_tokens} of them still in the cache)" * (stats.reused_tokens > 0)
+    reuse = f"; {stats.reuse.summary()}" if stats.reuse else ""
     speculated = f"; {stats.speculation.summary()}" if stats.speculation else ""
     return (
         f"prompt {stats.prompt_tokens} tokens{reused} at {stats.prefill_tokens_per_second:.0f} tokens/s, "
         f"then {stats.new_tokens} at {stats.decode_tokens_per_second:.0f} tokens/s; "
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s, "
-        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{forgotten}"
+        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{reuse}{forgotten}"
     )

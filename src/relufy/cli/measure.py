@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relufy.cli import measure_extended, measure_law, measure_overtime
+from relufy.cli import measure_extended, measure_law, measure_overtime, measure_reuse
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json, print_table, result
@@ -92,3 +92,4 @@ def _costs(found: "DenseSparse | None", unit: float, name: str) -> list[str]:
 app.command("overtime")(measure_overtime.command)
 app.command("extended")(measure_extended.command)
 app.command("law")(measure_law.command)
+app.command("reuse")(measure_reuse.command)

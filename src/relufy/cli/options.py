@@ -1,13 +1,14 @@
 """Arguments and options that several commands share, so that they read alike everywhere."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relufy.errors import UserError
 
 if TYPE_CHECKING:
+    from relufy.engine.reuse import Reuse
     from relufy.engine.speculation import Speculation
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'bundled', or a Hugging Face hub id.")]
@@ -94,12 +95,29 @@ Keep = Annotated[
     int | None,
     typer.Option("--keep", min=0, help="First tokens that sliding never forgets; 4 by default."),
 ]
+ReusePeriod = Annotated[
+    int | None,
+    typer.Option(
+        "--reuse",
+        metavar="G",
+        min=1,
+        help="Of each G tokens one computes all neurons, the others those active lately; 1 is exact.",
+    ),
+]
+ReuseWindow = Annotated[
+    int | None,
+    typer.Option("--reuse-window", min=1, help="How many last tokens' neurons are reused; 32 by default."),
+]
+ReusePolicyName = Annotated[
+    str | None,
+    typer.Option("--reuse-policy", help="Which neurons: window (the default), prompt, blocks or adaptive."),
+]
 Speculative = Annotated[
     str | None,
     typer.Option(
         "--speculative",
-        metavar="DRAFT|lookup",
-        help="Who proposes tokens that the model verifies together: a smaller model, or the text so far.",
+        metavar="DRAFT|lookup|self",
+        help="Who proposes tokens that the model verifies together: a smaller model, the text, or itself.",
     ),
 ]
 Gamma = Annotated[
@@ -117,6 +135,20 @@ MinProbability = Annotated[
 Adaptive = Annotated[
     bool, typer.Option("--adaptive", help="Propose fewer tokens after a rejection, more after none.")
 ]
+
+
+def parse_reuse(period: int | None, window: int | None, policy: str | None) -> "Reuse | None":
+    """Return how to reuse neurons, if at all. Raises UserError."""
+    from relufy.engine.reuse import Reuse
+
+    chosen: dict[str, Any] = {"window": window, "policy": policy}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if period is None and chosen:
+        raise UserError(f"--reuse-{min(chosen)} is for --reuse; give a period")
+    reuse = None if period is None else Reuse(period, **chosen)
+    if reuse and window is not None and reuse.policy not in ("window", "adaptive"):
+        raise UserError(f"the policy {reuse.policy} has no window; leave out --reuse-window")
+    return reuse
 
 
 def parse_speculation(

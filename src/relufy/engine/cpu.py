@@ -9,6 +9,7 @@ import numpy as np
 
 from relufy.engine.crossover import load_crossover, rows_of
 from relufy.engine.packed_file import F32, Header, read_header
+from relufy.engine.reuse import Reuse
 from relufy.engine.sampling import Chosen, Sampling
 from relufy.engine.spec import MAX_CONTEXT
 from relufy.errors import UserError
@@ -135,13 +136,25 @@ class CpuEngine:
         """The share of the weights' memory that lies in huge pages."""
         return self._engine.huge_page_share()
 
-    def new_sequence(self, prompt_length: int = 0) -> int:
+    def new_sequence(
+        self, prompt_length: int = 0, reuse: Reuse | None = None, num_open: int | None = None
+    ) -> int:
         """Return an empty sequence whose first `prompt_length` tokens are the prompt.
 
         Masks of phase "decode" leave the prompt dense, and presence and frequency penalty don't count it.
+        `reuse` lets later tokens reuse neurons, after the first `num_open`, by default the prompt. Raises
+        UserError if the file can't serve that.
         """
         check_whole("prompt_length", prompt_length, 0, MAX_CONTEXT)
-        return self._engine.new_sequence(int(prompt_length))
+        num_open = prompt_length if num_open is None else num_open
+        check_whole("num_open", num_open, 0, MAX_CONTEXT)
+        arguments = int(prompt_length), _native_reuse(reuse), int(num_open)
+        return self.checked(self._engine.new_sequence, *arguments)
+
+    def check_reuse(self) -> None:
+        """Raise UserError, with the reason, if the file's neurons can't be reused."""
+        if reason := self._engine.refuses_candidates():
+            raise UserError(f"the neurons of this file can't be reused: {reason}")
 
     def reuse_prefix(self, sequence: int, tokens: Sequence[int]) -> int:
         """Fill an empty sequence with the first of `tokens` that the KV cache holds; return how many.
@@ -152,9 +165,14 @@ class CpuEngine:
         """
         return self.checked(self._engine.reuse_prefix, sequence, token_array(tokens))
 
-    def fork(self, sequence: int) -> int:
-        """Return a new sequence with the same past. The KV blocks are shared until one of the two writes."""
-        return self.checked(self._engine.fork, sequence)
+    def fork(self, sequence: int, reuse: Reuse | None = None) -> int:
+        """Return a new sequence with the same past. The KV blocks are shared until one of the two writes.
+
+        With `reuse`, it reuses neurons by other settings from here on, as if its last token were the open
+        one; a sequence that keeps track of active neurons, such as one of period 1, can be forked so. Raises
+        UserError if it did not keep what the settings ask for.
+        """
+        return self.checked(self._engine.fork, sequence, _native_reuse(reuse))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all positions from `length` on."""
@@ -336,6 +354,10 @@ def native_sampling(sampling: Sampling) -> _cpu.Sampling:
         list(sampling.logit_bias.items()),
         int(sampling.seed),
     )
+
+
+def _native_reuse(reuse: Reuse | None) -> _cpu.Reuse | None:
+    return None if reuse is None else _cpu.Reuse(**reuse.document())
 
 
 def _default_kv_dtype(header: Header) -> str:

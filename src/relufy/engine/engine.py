@@ -1,14 +1,17 @@
 """`relufy.Engine`: open a packed model, or a checkpoint (packed on first use), and write text with it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
 
 from relufy.engine.cache import packed_model
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.generate import Generation
+from relufy.engine.pack import purpose_of
 from relufy.engine.packed_file import is_packed_file
 from relufy.engine.request import GenerationOptions, Request, make_request
+from relufy.engine.reuse import Reuse, as_reuse
 from relufy.engine.speculation import Speculation
 from relufy.engine.speculator import Speculator
 from relufy.engine.tokenizer import ModelTokenizer
@@ -26,8 +29,10 @@ class Engine(CpuEngine):
             print(piece, end="")
 
     `model` is a packed file, a checkpoint folder, "bundled" or a hub id; `dtype` is the type of the weights
-    that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). See CpuEngine for the other arguments and
-    the interface by tokens. Raises UserError if it can't be run.
+    that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). `reuse`, if generations are not told
+    otherwise, lets their tokens reuse neurons; `for_reuse` packs a checkpoint so that they could, which a
+    model that drafts for itself needs. See CpuEngine for the other arguments and the interface by tokens.
+    Raises UserError if it can't be run.
     """
 
     def __init__(
@@ -41,14 +46,19 @@ class Engine(CpuEngine):
         dtype: str | None = None,
         mlock: bool = False,
         threads_of: CpuEngine | None = None,
+        reuse: Reuse | int | None = None,
+        for_reuse: bool = False,
     ):
         path = Path(model)
         if is_packed_file(path):
             if dtype is not None:
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
-            path = packed_model(model, dtype or "f32")
+            path = packed_model(model, dtype or "f32", for_=purpose_of(model, for_reuse or reuse is not None))
         super().__init__(path, threads, context, skip, kv_dtype, load, mlock, threads_of)
+        self.reuse = None if reuse is None else as_reuse(reuse)
+        if self.reuse:
+            self.check_reuse()
         self._dtype = dtype
         self._drafts: dict[str, CpuEngine] = {}
         self._tokenizer: ModelTokenizer | None = None
@@ -106,6 +116,9 @@ class Engine(CpuEngine):
         return self._generation(request)
 
     def _generation(self, request: Request) -> Generation:
+        request = replace(request, reuse=request.reuse or self.reuse)
+        if request.reuse:
+            self.check_reuse()
         return Generation(self, self.tokenizer, request, self.speculator(request.speculation))
 
     def speculator(self, speculation: Speculation | None) -> Speculator | None:
@@ -115,9 +128,8 @@ class Engine(CpuEngine):
         """
         if speculation is None:
             return None
-        return Speculator(
-            self, speculation, None if speculation.is_lookup else self._draft(speculation.draft)
-        )
+        has_draft = not (speculation.is_lookup or speculation.is_self)
+        return Speculator(self, speculation, self._draft(speculation.draft) if has_draft else None)
 
     def _draft(self, draft: str | Path | CpuEngine) -> CpuEngine:
         if isinstance(draft, CpuEngine):

@@ -111,6 +111,7 @@ class Generation:
             context_used=window.num_seen,
             num_slides=window.num_slides,
             slide_seconds=clock.seconds["slide"],
+            reuse=clock.reuse() if self.request.reuse else None,
             speculation=speculation,
         )
 

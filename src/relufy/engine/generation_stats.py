@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from relufy.engine.cpu import CpuEngine
+from relufy.engine.reuse import ReuseStats, reuse_stats
 from relufy.engine.speculation import SpeculationStats
 
 Result = TypeVar("Result")
@@ -45,6 +46,7 @@ class GenerationStats:
     context_used: int = 0
     num_slides: int = 0
     slide_seconds: float = 0.0
+    reuse: ReuseStats | None = None
     speculation: SpeculationStats | None = None
 
     @property
@@ -96,6 +98,10 @@ class Clock:
     def per_token(self, count: str) -> float:
         """Return one of the engine's counts for each decoded token."""
         return self.decoded[count] / max(1, self.decoded["tokens"])
+
+    def reuse(self) -> ReuseStats:
+        """Return what reuse did to the decoded tokens."""
+        return reuse_stats(self.decoded, int(self._engine.header.numbers["intermediate_size"]))
 
     def sparsity(self) -> dict[str, list[float]]:
         return self._engine.sparsity(self._zero, self.decoded) if self.decoded["tokens"] else {}

@@ -14,8 +14,10 @@ import numpy as np
 
 from relufy.engine import naive_attention, naive_masks
 from relufy.engine.naive_products import multiply, multiply_by_input
+from relufy.engine.naive_reuse import NaiveReuse, opens_by_period
 from relufy.engine.packed_numbers import rope_tensor
 from relufy.engine.packed_tensors import PackedTensors
+from relufy.engine.reuse import Reuse
 
 
 def _gelu(z: np.ndarray) -> np.ndarray:
@@ -60,14 +62,28 @@ class NaiveDecoder:
         """Return float64 logits `[tokens, vocab]`; the first `prompt_length` tokens are the prompt."""
         return self.run(tokens, prompt_length).logits
 
-    def run(self, tokens: Sequence[int], prompt_length: int = 0) -> NaiveResult:
+    def run_reusing(
+        self, tokens: Sequence[int], reuse: Reuse, prompt_length: int = 0, num_open: int | None = None
+    ) -> tuple[NaiveResult, NaiveReuse]:
+        """Return what reuse gives after `num_open` tokens, by default the prompt, and what it went by."""
+        num_open = prompt_length if num_open is None else num_open
+        found = NaiveReuse(reuse, num_open, opens_by_period(reuse, num_open, len(tokens)))
+        if reuse.policy == "adaptive":
+            for token in range(num_open + 1, len(tokens)):
+                self.run(tokens[:token], prompt_length, found)
+                found.opens[token] = found.opens_next(token)
+        return self.run(tokens, prompt_length, found), found
+
+    def run(
+        self, tokens: Sequence[int], prompt_length: int = 0, reuse: NaiveReuse | None = None
+    ) -> NaiveResult:
         """Return logits and margins."""
         margins = np.full(len(tokens), np.inf)
         hidden = self._embedding("embedding", np.asarray(tokens)) * self.number("embedding_scale", 1.0)
         if self._numbers["position_kind"] == 1:
             hidden = hidden + self._embedding("position_embedding", np.arange(len(tokens)))
         for layer in range(self._whole("num_layers")):
-            block, prefix = _Layer(self, layer, prompt_length, margins), f"layers.{layer}."
+            block, prefix = _Layer(self, layer, prompt_length, margins, reuse), f"layers.{layer}."
             before = hidden
             attended = block.attention(self.norm(hidden, prefix + "attention_norm"))
             hidden = hidden + self.norm(attended, prefix + "attention_output_norm")
@@ -117,9 +133,16 @@ class NaiveDecoder:
 class _Layer:
     """One layer of the decoder, on the inputs of all tokens. Lowers `margins` to those of its masks."""
 
-    def __init__(self, decoder: NaiveDecoder, index: int, prompt_length: int, margins: np.ndarray):
+    def __init__(
+        self,
+        decoder: NaiveDecoder,
+        index: int,
+        prompt_length: int,
+        margins: np.ndarray,
+        reuse: NaiveReuse | None,
+    ):
         self._decoder, self._prefix, self._prompt_length = decoder, f"layers.{index}.", prompt_length
-        self._margins = margins
+        self._margins, self._reuse, self._index = margins, reuse, index
 
     def attention(self, x: np.ndarray) -> np.ndarray:
         heads, kv_heads, width = (
@@ -159,6 +182,8 @@ class _Layer:
         if is_gated:
             up = self._project("up", x)
             neurons = neurons * (np.maximum(up, 0) if self._number("up_relu") else up)
+        if self._reuse:
+            neurons = self._reuse.limit(self._index, neurons, lambda a: self._mask("down", a)[0])
         return self._project("down", neurons, int(self._decoder.number("neurons_per_partition")))
 
     def _activate(self, z: np.ndarray) -> np.ndarray:

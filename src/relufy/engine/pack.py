@@ -134,6 +134,15 @@ def is_by_input(spec: DecoderSpec, layer: int, name: str, for_: str) -> bool:
     return for_ != "dense" and (name in found.masks or is_neuron) and (for_, name) != ("reuse", first)
 
 
+def purpose_of(model: str | Path, has_candidates: bool) -> str:
+    """Return what to pack a model for; "reuse" only where its layout is another than that of "exact"."""
+    if not has_candidates:
+        return "exact"
+    spec = decoder_spec(read_config(model_folder(model)))
+    first = "gate" if spec.family.is_gated else "up"
+    return "reuse" if any(first in layer.masks for layer in spec.layers) else "exact"
+
+
 def check_candidates(spec: DecoderSpec) -> None:
     """Raise UserError, with a reason, if a model's tokens can't be limited to candidate neurons."""
     for index, layer in enumerate(spec.layers):

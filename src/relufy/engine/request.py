@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
+from relufy.engine.reuse import Reuse, as_reuse
 from relufy.engine.sampling import Sampling
 from relufy.engine.speculation import Speculation, as_speculation
 from relufy.errors import UserError
@@ -31,7 +32,8 @@ class GenerationOptions(TypedDict, total=False):
     tokens to name beside each chosen one. A full context: `context_policy` "refuse" ends the text there, and
     refuses a longer prompt; "sliding" forgets all but the first `keep` tokens and the newest half of the
     others, computes those anew as a text of their own, and goes on. Speed: `speculation`, who proposes tokens
-    that the model then verifies together (docs/decoding.md); the text stays exact.
+    that the model then verifies together (docs/decoding.md), and the text stays exact; `reuse`, by a period
+    or by all its settings, lets most tokens compute only neurons that were active lately, which is not exact.
     """
 
     temperature: float | None
@@ -47,6 +49,7 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: int | None
     context_policy: ContextPolicy | None
     keep: int | None
+    reuse: Reuse | int | None
     speculation: Speculation | str | None
 
 
@@ -66,6 +69,7 @@ class Request:
     logprobs: int | None = None
     context_policy: ContextPolicy = "refuse"
     keep: int = 4  # attention sinks: Xiao et al. 2023, Efficient Streaming Language Models, section 3.2
+    reuse: Reuse | None = None
     speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +86,8 @@ class Request:
             raise UserError(
                 f"there is no context policy {self.context_policy!r}{suggest(self.context_policy, known)}"
             )
+        if self.reuse and self.speculation:
+            raise UserError("reuse is not exact, and speculation verifies exactly; choose one of the two")
         if self.keep < 0:
             raise UserError(f"keep must be 0 or more tokens, found {self.keep}")
         if not self.prompt_ids:
@@ -101,6 +107,8 @@ def make_request(
         raise TypeError(f"there is no option {min(unknown)!r} of a generation")
     given = {name: value for name, value in options.items() if value is not None}
     sampling = Sampling(**{name: given.pop(name) for name in _SAMPLING if name in given})
+    if "reuse" in given:
+        given["reuse"] = as_reuse(given["reuse"])
     if "speculation" in given:
         given["speculation"] = as_speculation(given["speculation"])
     stop = given.pop("stop", ())

@@ -5,15 +5,17 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relufy.engine.reuse import Reuse
 from relufy.errors import UserError
 
 if TYPE_CHECKING:
     from relufy.engine.cpu import CpuEngine
 
-LOOKUP = "lookup"
+LOOKUP, SELF = "lookup", "self"
 MAX_GAMMA = 127
 """So many and one more go through the layers together."""
 MIN_MATCH = 2
+WINDOW, MAX_WINDOW = 32, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,11 @@ class Speculation:
     """Who proposes tokens, which the model verifies all in one step. The text stays exact.
 
     `draft` is a smaller model of the same vocabulary (a packed file, a checkpoint folder, a hub id, or an
-    open engine), or "lookup": what followed when the text's last tokens occurred before, at least `min_match`
-    of them (2). `gamma` tokens are proposed at most; a draft model stops before a place where its likeliest
-    token has less than `min_probability`. With `adaptive`, gamma is halved after a rejection and grows by two
-    after none, up to `gamma`. Raises UserError for senseless values.
+    open engine); "lookup": what followed when the text's last tokens occurred before, at least `min_match` of
+    them (2); or "self": the model, limited to the neurons that the last `window` tokens (32) had active.
+    `gamma` tokens are proposed at most; a model stops before a place where its likeliest token has less than
+    `min_probability`. With `adaptive`, gamma is halved after a rejection and grows by two after none, up to
+    `gamma`. Raises UserError for senseless values.
     """
 
     draft: "str | Path | CpuEngine"
@@ -32,10 +35,11 @@ class Speculation:
     min_probability: float | None = None
     adaptive: bool = False
     min_match: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.draft, (str, Path)) and not str(self.draft):
-            raise UserError('draft is empty: name a model, or "lookup"')
+            raise UserError('draft is empty: name a model, "lookup" or "self"')
         _check_whole("gamma", self.gamma, 1, MAX_GAMMA)
         if self.min_match is not None:
             _check_whole("min_match", self.min_match, 1, 32)
@@ -48,10 +52,23 @@ class Speculation:
                 )
             if self.is_lookup:
                 raise UserError("min_probability is for a draft model; lookup has no probabilities")
+        if self.window is not None:
+            _check_whole("window", self.window, 1, MAX_WINDOW)
+            if not self.is_self:
+                raise UserError("window is for the draft self; others choose their neurons exactly")
 
     @property
     def is_lookup(self) -> bool:
         return self.draft == LOOKUP
+
+    @property
+    def is_self(self) -> bool:
+        return self.draft == SELF
+
+    @property
+    def keeps(self) -> Reuse | None:
+        """What a sequence must keep of its past for a draft by itself: neurons, with all tokens exact."""
+        return Reuse(1, window=self.window or WINDOW) if self.is_self else None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Speculator:
     """
 
     def __init__(self, engine: CpuEngine, speculation: Speculation, draft: CpuEngine | None = None):
+        if speculation.is_self:
+            engine.check_reuse()
         if draft is not None:
             check_vocabulary(engine, draft)
             _check_positions(engine, draft)
@@ -31,6 +33,7 @@ class Speculator:
             speculation.adaptive,
             float(speculation.min_probability or 0),
             speculation.min_match or MIN_MATCH,
+            speculation.keeps.window if speculation.keeps else 0,
         )
         self._last: dict[str, Any] = {}
 

@@ -73,7 +73,9 @@ class Window:
 
     def _begin(self, phase: Phase) -> Iterator[list[Chosen]]:
         """Fill a fresh sequence with all tokens, choose the next."""
-        self._sequence = self._engine.new_sequence(self._num_prompt)
+        request = self._request
+        reuse = request.speculation.keeps if request.speculation else request.reuse
+        self._sequence = self._engine.new_sequence(self._num_prompt, reuse, len(self._ids))
         done = self._clock.time(phase, lambda: self._engine.reuse_prefix(self._sequence_id(), self._ids))
         self.num_reused += done if phase == "prefill" else 0
         part = FIRST_PART

@@ -16,6 +16,8 @@ from relufy.train.optimizers import ADAM_BETAS, schedule_arguments
 from relufy.train.processes import num_processes
 
 MAX_GRADIENT_NORM = 1.0
+COMPILER = "inductor"
+"""What torch.compile makes code with."""
 
 
 def training_arguments(
@@ -48,6 +50,8 @@ def training_arguments(
         max_grad_norm=MAX_GRADIENT_NORM,
         **schedule_arguments(settings),
         bf16=settings.precision == "bf16",
+        torch_compile=settings.compile,
+        torch_compile_backend=COMPILER if settings.compile else None,
         use_cpu=is_on_cpu,
         ddp_find_unused_parameters=False,
         **_sharded(settings, sharded_layers) if sharded_layers else {},

@@ -24,7 +24,7 @@ from relufy.train.processes import is_main, join_processes, num_processes
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer, OnLog, TrainingWindows
 
-INDEPENDENT = ("log_steps", "save_steps", "accumulate", "gradient_checkpointing")
+INDEPENDENT = ("log_steps", "save_steps", "accumulate", "gradient_checkpointing", "compile")
 """Settings that a resumed run may change, since they change no weight."""
 
 

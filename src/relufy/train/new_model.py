@@ -24,7 +24,7 @@ from relufy.activation_sparsity import (
     activation_name,
 )
 from relufy.errors import UserError
-from relufy.hub import BUNDLED, bundled_model, config_folder
+from relufy.hub import config_folder, is_bundled
 from relufy.model.beta_silu import BETAS, PREFIX
 from relufy.model.configuration import find_activation_key, refuse_quantized
 from relufy.model.plugin import register
@@ -97,7 +97,7 @@ def _named_shape(config: str | Path) -> PretrainedConfig:
     name, path = str(config), Path(config)
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
-    if "/" not in name and not path.exists() and name not in (BUNDLED, bundled_model().name):
+    if "/" not in name and not path.exists() and not is_bundled(name):
         known = suggest(name, list(SHAPES))
         raise UserError(f"there is no shape {name!r}{known}; or name a config.json, a folder, or a hub id")
     place = path if path.is_file() else config_folder(config)

@@ -132,6 +132,8 @@ class FinetuneTrainer(Trainer):
         """Return the mean loss of a part of a batch; the parts are equal, so the Trainer's mean is exact."""
         assert not return_outputs and num_items_in_batch is None
         is_seen = self.is_reported(self.state.global_step + 1)
+        if is_seen:  # hooks that come and go would be compiled anew each time
+            model = getattr(model, "_orig_mod", model)
         with self.monitor.watching() if is_seen else nullcontext():
             terms = loss_terms(self.settings, model, self.teacher, inputs["input_ids"])
         for name, penalty in self.penalties.items():
