@@ -20,7 +20,9 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_document(make_checkpoint, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document(
+    make_checkpoint, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["measure", "extended", str(make_checkpoint("stage1")), "--text", str(text), "--window", "32"]
     options = ["--only", "predictivity,coactivation,energy", "--rank", "8", "--event", "2", "--json"]
     assert run([*arguments, *options]) == 0
