@@ -10,7 +10,7 @@ from relufy.cli.output import print_json, print_table, result
 from relufy.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from relufy.measure.extended import Extended
+    from relufy.measure.extended import Extended, ExtendedMeasurement
 
 
 def command(
@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Measure what takes many runs: CETT, PPL-p% sparsity, predictivity, co-activation, energy."""
     from relufy.measure.energy import EnergyConstants
-    from relufy.measure.extended import DEFINITIONS, PARTS, ExtendedOptions, extended
+    from relufy.measure.extended import PARTS, ExtendedOptions, extended
 
     quiet_libraries()
     options = ExtendedOptions(
@@ -57,18 +57,30 @@ def command(
     if json:
         print_json(found.to_json())
         return
+    show(found)
+
+
+def measured(
+    model: str, text: list[Path], window: int, max_windows: int | None, batch_size: int
+) -> "ExtendedMeasurement":
+    """Return all parts as `relufy measure --extended` has them, on at most as many windows as by default."""
+    from relufy.measure.extended import MAX_WINDOWS, ExtendedOptions, extended
+
+    most = min(MAX_WINDOWS, max_windows or MAX_WINDOWS)
+    return extended(model, text, window, most, ExtendedOptions(batch_size=batch_size))
+
+
+def show(found: "ExtendedMeasurement") -> None:
+    """Print a table for each part that was measured, why the others were not, and the definitions."""
+    from relufy.measure.extended import DEFINITIONS
+
     result(f"{found.model}: {found.tokens:,} tokens in {found.windows} windows of {found.window}")
-    show_extended(found.found)
+    for part in (_show_cett, _show_ppl_sparsity, _show_predictivity, _show_coactivation, _show_energy):
+        part(found.found)
+    for line in found.found.notes:
+        result(f"note: {line}")
     for name, meaning in DEFINITIONS.items():
         result(f"{name}: {meaning}")
-
-
-def show_extended(found: "Extended") -> None:
-    """Print a table for each part that was measured, and why the others were not."""
-    for show in (_show_cett, _show_ppl_sparsity, _show_predictivity, _show_coactivation, _show_energy):
-        show(found)
-    for line in found.notes:
-        result(f"note: {line}")
 
 
 def _show_cett(found: "Extended") -> None:
