@@ -67,7 +67,7 @@ def test_the_command_draws_and_tells(make_checkpoint, text, tmp_path, capsys):
     options = ["--gammas", "1,3", "--policies", "window,blocks", "--window", "40", "--warm-up", "12"]
     arguments = ["measure", "reuse", str(folder), "--text", str(text), *options, "--turns", "0"]
     assert run([*arguments, "-o", str(document), "--plot", str(plot)]) == 0
-    assert "blocks, period 3" in capsys.readouterr().out
+    assert "neuron reuse" in capsys.readouterr().out
     assert "change of perplexity" in plot.read_text()
     assert len(json.loads(document.read_text())["settings"]) == 6
     assert run([*arguments[:4], str(text), "--gammas", "two"]) == 2
