@@ -18,6 +18,7 @@ BASE = {
     "activation_sparsity",
     "schema",
     "document",
+    "processes",
     "text",
     "text_sample",
     "files",

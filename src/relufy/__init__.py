@@ -4,7 +4,10 @@ The public names below are imported on first use, so that `import relufy` stays 
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relufy.measure.measure import measure as measure
 
 _PUBLIC = {
     "CompareOptions": "relufy.methods.compare",
@@ -26,9 +29,10 @@ _PUBLIC = {
     "site_table": "relufy.model.site_table",
     "sparsify": "relufy.methods.sparsify",
 }
-"""Public name -> the module that has it. (Measuring is a wing of its own: `relufy.measure.measure`.)"""
+"""Public name -> the module that has it."""
 
 _WINGS = ("measure",)
+"""A wing that can be called: `relufy.measure(model, text)`, and has more in it: `relufy.measure.quality`."""
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_WINGS]
 

@@ -1,13 +1,10 @@
 """A seeded sample of windows from texts of any length, in one pass and bounded memory; chats too.
 
 Text is encoded in pieces that end with a line, so beside those borders tokens may differ from those of the
-whole text. What `relufy measure` reads is cut by `text.read_windows`, which encodes a text at once.
+whole text. What `relufy measure` reads is cut by `text.TextWindows`, in longer pieces.
 """
 
-import codecs
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from relufy.errors import UserError
+from relufy.text import lines
 
 PIECE = 1 << 18
 """Characters that are encoded at once."""
@@ -70,27 +68,13 @@ def _pieces(path: Path, tokenizer: Any) -> Iterator[str]:
     """Yield a file's text in pieces of about PIECE characters that end with a line."""
     is_chat = path.suffixes[-2:] == [".jsonl", ".gz"] or path.suffix == ".jsonl"
     buffered = ""
-    for line in _chat_texts(path, tokenizer) if is_chat else _lines(path):
+    for line in _chat_texts(path, tokenizer) if is_chat else lines(path, PIECE):
         buffered += line
         if len(buffered) >= PIECE:
             yield buffered
             buffered = ""
     if buffered:
         yield buffered
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Yield lines of a text file, long ones in parts. Raises UserError if it is none."""
-    if not path.is_file():
-        raise UserError(f"there is no text file {path}")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            while part := stream.readline(PIECE):
-                yield decoder.decode(part)
-            decoder.decode(b"", final=True)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}") from None
 
 
 def _chat_texts(path: Path, tokenizer: Any) -> Iterator[str]:
@@ -104,7 +88,7 @@ def _chat_texts(path: Path, tokenizer: Any) -> Iterator[str]:
 
 def _records(path: Path) -> Iterator[str]:
     record = ""
-    for part in _lines(path):
+    for part in lines(path, PIECE):
         record += part
         if record.endswith("\n"):
             if record.strip():

@@ -142,8 +142,13 @@ def test_measure_names_what_it_counted(
     assert document["tokens"] == document["windows"] * 32
     assert document["macs_paper"]["sparse"] < document["macs_paper"]["dense"]
     assert document["dense_perplexity"]["perplexity"] != document["perplexity"]["perplexity"]
-    assert run([*arguments, "--dtype", "int4"]) == 0
-    assert "bytes_engine a token, int4" in capsys.readouterr().out.replace("\n", " ")
+    written = tmp_path / "found.json"
+    assert run([*arguments, "--by-layer", "--target", "0.9", "-o", str(written)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("exact zeros by layer", "union density", "int4", "90.0%", "model_level_sparsity:"):
+        assert words in printed
+    assert json.loads(written.read_text())["sparsity"] == document["sparsity"]
+    assert run([*arguments, "-o", str(tmp_path)]) == 2
 
 
 def test_finetune_leaves_a_checkpoint_and_nothing_else(

@@ -22,6 +22,8 @@ SURFACE = {
     " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --no-mmap"
     " --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
+    "bench measure": "--model --shape --stage --windows --window --batch-size --device --turns -o --output"
+    " --json",
     "bench plot": "results --plot",
     "bench prefill": "--shape --model --dtype --mlp-density --input-density --threads --against --turns"
     " --tokens --no-mmap --load -o --output --plot --json",
@@ -41,7 +43,8 @@ SURFACE = {
     " --seed --target --lora --set --resume --log --tensorboard --shard --dtype --json",
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
-    "measure": "model --text --dense --window --max-windows --dtype --json",
+    "measure": "model --text --dense --window --max-windows --batch-size --shift --target --device"
+    " --precision --by-layer -o --output --json",
     "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
     " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
     " --json",

@@ -31,8 +31,14 @@ def test_the_level_is_the_mean_of_one_over_the_choices() -> None:
 
 def test_one_constant_answer_can_be_better_than_guessing() -> None:
     chance = chance_of([2] * 100, [1] * 100, ["no"] * 70 + ["yes"] * 30)
-    assert (chance.level, chance.constant, chance.baseline) == (0.5, 0.7, 0.7)
+    assert (chance.level, chance.constant, chance.better_constant) == (0.5, 0.7, 0.7)
     assert not chance.is_beaten_by(71) and not chance.is_beaten_by(77) and chance.is_beaten_by(80)
+
+
+def test_of_few_documents_some_answer_always_is_the_commonest() -> None:
+    chance = chance_of([4] * 20, [1] * 20, ["a"] * 8 + ["b"] * 4 + ["c"] * 4 + ["d"] * 4)
+    assert chance.constant == 0.4 and chance.better_constant is None
+    assert chance.is_beaten_by(9) and not chance.is_beaten_by(8)
 
 
 def test_more_than_guessing_takes_more_than_noise() -> None:

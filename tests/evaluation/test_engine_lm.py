@@ -120,3 +120,31 @@ def test_sampling_depends_on_the_request_alone(bundled) -> None:
 def test_refuses_what_it_does_not_do(bundled, settings: dict, said: str) -> None:
     with pytest.raises(relufy.UserError, match=said):
         engine(bundled).generate_until(generating(**settings))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_other_tokenizers_begin_and_split_texts_alike(kit, name: str, tmp_path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = relufy.load_tokenizer(kit / "tokenizers" / name)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **layers, **special))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    folder = relufy.save_checkpoint(model.eval(), tokenizer, tmp_path / "model")
+    ours, theirs = EngineLM(relufy.Engine(folder, threads=1, context=640)), hf(folder)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+    asked = requests("loglikelihood", [*PAIRS[2:7], ("H\u00e9llo \U0001f600 ", "na\u00efve"), (LONG, " and")])
+    found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-4)
+    rolling = requests("loglikelihood_rolling", [(text,) for text in ("<s>He said", LONG[:900])])
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+        theirs.loglikelihood_rolling(rolling), rel=1e-4
+    )
+    texts = generating(max_gen_toks=6)
+    assert ours.generate_until(texts) == theirs.generate_until(texts)

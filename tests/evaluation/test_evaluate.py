@@ -1,6 +1,8 @@
 """Evaluating from end to end on tasks of our own: one model, two models, both backends, groups, refusals."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,14 @@ def test_a_packed_file_needs_the_engine(bundled, text, tmp_path) -> None:
     packed = relufy.pack(bundled, tmp_path / "bundled.relufy")
     with pytest.raises(UserError, match="which only the engine runs"):
         relufy.evaluate(packed, text=text)
+
+
+def test_the_engine_needs_no_torch(bundled, text, task_folder) -> None:
+    program = (
+        "import sys, relufy; from relufy import EvalOptions\n"
+        f"options = EvalOptions('engine', ({str(task_folder)!r},), window=64, threads=1)\n"
+        f"relufy.evaluate({str(bundled)!r}, {str(bundled)!r}, {str(text)!r}, {TASKS!r}, options)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

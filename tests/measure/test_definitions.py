@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import families
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
-from relufy.measure.definitions import measure_zeros, site_weights
+from relufy.measure.definitions import measure_zeros
 from relufy.measure.modes import Scored, window_losses
+from relufy.measure.site_weights import site_weights
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify

@@ -4,7 +4,7 @@ import pytest
 
 import families
 from relufy.errors import UserError
-from relufy.measure.definitions import site_weights
+from relufy.measure.site_weights import site_weights
 from relufy.method import METHODS, Chess, Scap, Teal
 from relufy.methods.targets import (
     Unreachable,

@@ -15,7 +15,7 @@ import numpy as np
 from families import family
 from relufy.method import Relufication
 from relufy.recipe import Finetune, Recipe
-from relufy.train.processes import is_main, join_processes, leave_processes, num_processes
+from relufy.processes import is_main, join_processes, leave_processes, num_processes
 from relufy.train.run import Run, run_recipe
 from relufy.cli.quiet import quiet_libraries
 

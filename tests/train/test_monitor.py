@@ -133,9 +133,9 @@ def test_a_neuron_that_falls_silent_dies_after_enough_positions(monkeypatch: pyt
         (silent, 0.0, 64),
         (silent, 0.5, 48),
     ]:
-        counts.see(values)
+        counts.see(values == 0)
         assert (float(counts.report()["dead"]), counts.remembered) == (dead, remembered)
-    counts.see(active)
+    counts.see(active == 0)
     assert float(counts.report()["dead"]) == 0.0
 
 
@@ -143,7 +143,7 @@ def test_live_sparsity_leaves_dead_neurons_out() -> None:
     counts = NeuronCounts()
     values = torch.zeros(1, 4, 4)
     values[0, 0, 0] = values[0, 1, 0] = values[0, 2, 1] = 1.0
-    counts.see(values)
+    counts.see(values == 0)
     report = counts.report()
     assert float(report["dead"]) == 0.5
     assert float(report["live_sparsity"]) == 1 - 3 / 8

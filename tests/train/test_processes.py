@@ -19,10 +19,7 @@ from relufy.errors import UserError
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
-from relufy.recipe import Finetune, Lora, Penalty
-from relufy.train.checkpoints import checkpoint_folder, last_checkpoint
-from relufy.train.finetune import finetune
-from relufy.train.processes import (
+from relufy.processes import (
     is_main,
     join_processes,
     leave_processes,
@@ -30,6 +27,9 @@ from relufy.train.processes import (
     num_processes,
     wait_for_all,
 )
+from relufy.recipe import Finetune, Lora, Penalty
+from relufy.train.checkpoints import checkpoint_folder, last_checkpoint
+from relufy.train.finetune import finetune
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer
 

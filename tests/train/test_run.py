@@ -16,9 +16,9 @@ from relufy.errors import UserError
 from relufy.method import FatRelu, Relufication
 from relufy.model.checkpoint import load_model
 from relufy.model.configuration import sparsity_of
+from relufy.processes import join_processes, leave_processes
 from relufy.recipe import Calibration, Finetune, Penalty, Recipe
 from relufy.train.checkpoints import checkpoint_folder
-from relufy.train.processes import join_processes, leave_processes
 from relufy.train.run import Run, run_recipe, stages_folder
 
 FINETUNE = Finetune(

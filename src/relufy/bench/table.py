@@ -121,6 +121,21 @@ def show_crossover(found: Found) -> Shown:
     return Shown(title, names, rows, [("this was", when), ("machine", _machine_name(found["machine"]))])
 
 
+def show_measure(found: Found) -> Shown:
+    """Return tokens/s of plain forward passes and of those that are measured, and the time over plain."""
+    plain, measured = found["plain_tokens_per_second"], found["tokens_per_second"]
+    rows = [["plain forward, with losses", f"{plain:,.0f}", "1.00x"]]
+    rows.append(["relufy measure's pass", f"{measured:,.0f}", f"{found['overhead']:.2f}x"])
+    machine, options = found["machine"], found["options"]
+    facts = [
+        ("parameters", f"{found['parameters']:,}, stage {options['stage']}, on {options['device']}"),
+        ("threads", str(found["threads"])),
+        ("machine", f"{machine['processor']}, {machine['cores']} cores"),
+        ("busy", "yes" if machine["was_busy"] else "no"),
+    ]
+    return Shown(f"measure: {found['label']}", ["", "tokens/s", "time over plain"], rows, facts)
+
+
 def show_speculative(found: Found) -> Shown:
     """Return acceptance, union sparsity, tokens/s and gains beside theory's, by gamma."""
 
@@ -171,6 +186,7 @@ VIEWS: dict[str, Callable[[Found], Shown]] = {
     "speculative": show_speculative,
     "kernels": show_kernels,
     "crossover": show_crossover,
+    "measure": show_measure,
 }
 
 

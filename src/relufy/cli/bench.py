@@ -241,6 +241,30 @@ def crossover(
     run(partial(bench_crossover, threads, again), output, None, json)
 
 
+@app.command("measure")
+def measure(
+    model: Annotated[
+        str, typer.Option("--model", help="A checkpoint folder, 'bundled', or a hub id.")
+    ] = "bundled",
+    shape: Shape = None,
+    stage: Annotated[
+        int, typer.Option(min=0, max=2, help="Relufy the model in memory to this stage; 0: leave it.")
+    ] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of random tokens in a turn.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows that run together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    turns: Turns = 5,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Time the default metrics of `relufy measure` beside plain forward passes."""
+    from relufy.bench.overhead import OverheadOptions, bench_overhead
+
+    options = OverheadOptions(model, shape, stage, windows, window, batch_size, turns, device)
+    run(partial(bench_overhead, options), output, None, json)
+
+
 @app.command("plot")
 def plot(
     results: Annotated[list[Path], typer.Argument(help="Files that `relufy bench ... -o` wrote.")],

@@ -30,6 +30,10 @@ class DefaultCommand(TyperGroup):
         with ctx, self.commands[name].make_context(name, arguments, parent=ctx) as context:
             return context.command.invoke(context)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the command's own parameters; of a subcommand's context none, which it does not take."""
+        return super().get_params(ctx) if ctx.command is self else []
+
     def collect_usage_pieces(self, ctx: Context) -> list[str]:  # type: ignore[override]
         pieces = super().collect_usage_pieces(ctx)
         return pieces[:-1] if not self.commands else [*pieces[:-1], "|", pieces[-1]]

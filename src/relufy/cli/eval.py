@@ -93,7 +93,8 @@ def show(found: "Evaluation") -> None:
 
     columns, rows = found.table()
     title = found.model + (f" beside {found.before}" if found.before else "")
-    print_table(title, columns[:-1], [row[:-1] for row in rows])
+    shown = [place for place, name in enumerate(columns) if name not in ("difference", "verdict")]
+    print_table(title, [columns[place] for place in shown], [[row[place] for place in shown] for row in rows])
     for row in rows:
         if verdict := row[-1]:
             result(f"{row[0].strip()}, {row[1]}: {verdict}")

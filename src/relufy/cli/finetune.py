@@ -88,7 +88,7 @@ def command(
 
     from relufy.model.checkpoint import load_model, load_tokenizer
     from relufy.model.empty import refuse_without_sites
-    from relufy.train.processes import is_main, join_processes, leave_processes
+    from relufy.processes import is_main, join_processes, leave_processes
     from relufy.train.run import Run, run_recipe
 
     quiet_libraries()
@@ -186,8 +186,8 @@ def training_text(
     display: ProgressDisplay,
 ) -> "np.ndarray | WindowStream":
     """Return the text of the sources, with as many self-written windows as their share of the steps needs."""
+    from relufy.processes import made_once
     from relufy.train.data import open_windows, parse_source
-    from relufy.train.processes import made_once
     from relufy.train.selftext import write_windows
 
     others = [source for source in map(parse_source, data) if source.where != SELF]

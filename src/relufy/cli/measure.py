@@ -1,20 +1,23 @@
-"""`relufy measure`: zeros at every site, perplexity and the two costs of a token, on a text."""
+"""`relufy measure`: zeros at every site, perplexity and the two costs of a token, on a text.
 
+Further measurements are subcommands.
+"""
+
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relufy.cli import measure_reuse
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
-from relufy.cli.output import print_json, print_table, result
+from relufy.cli.output import print_json
+from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from relufy.measure.cost import DenseSparse
-    from relufy.measure.measure import Measurement
-    from relufy.measure.quality import Perplexity
+    from relufy.measure.measurement import Measurement
 
 app = typer.Typer(cls=DefaultCommand, invoke_without_command=True)
 
@@ -30,62 +33,68 @@ def command(
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Measure no more than the first windows.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Count the bytes of a file packed so: f32, bf16, int8 or int4.")
-    ] = "f32",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows that run together.")] = 16,
+    shift: Annotated[
+        list[float] | None,
+        typer.Option(help="Predict the sparsity of relu(z - SHIFT); may be repeated. Default: several."),
+    ] = None,
+    target: Annotated[
+        list[float] | None,
+        typer.Option(help="Suggest a shift for this sparsity; may be repeated. Default: several."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, or auto (layers over all GPUs); default: a GPU if there is one."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Load the model in f32 or bf16.")] = "f32",
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Show every layer, not only means.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the JSON document to this file.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure sparsity, perplexity and the cost of a token on a text."""
-    from relufy.measure.measure import DEFINITIONS, measure
+    from relufy.files import refuse_occupied
+    from relufy.measure.measure import measure
+    from relufy.measure.measurement import SHIFTS, TARGETS
+    from relufy.processes import is_main, join_processes, leave_processes
 
     quiet_libraries()
-    found = measure(model, text, dense=dense, window=window, max_windows=max_windows, dtype=dtype)
+    if output is not None:
+        refuse_occupied(output, by_folder=False)
+    join_processes()
+    with ProgressDisplay() as display:
+        found = measure(
+            model,
+            text,
+            dense=dense,
+            window=window,
+            max_windows=max_windows,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            progress=display.update,
+        )
+    shifts, targets = tuple(shift or SHIFTS), tuple(target or TARGETS)
+    if is_main():
+        deliver(found, found.to_json(shifts, targets), output, by_layer, json)
+    leave_processes()
+
+
+def deliver(
+    found: "Measurement", document: dict[str, Any], output: Path | None, by_layer: bool, json: bool
+) -> None:
+    """Write the document to `output`, and print it, or tables of it."""
+    from relufy.cli.measure_tables import show
+    from relufy.files import replacing
+
+    if output is not None:
+        with replacing(output) as temporary:
+            temporary.write_text(dumps(document, indent=2, allow_nan=False) + "\n")
     if json:
-        print_json(found.to_json())
-        return
-    result(f"{found.model}: {found.tokens:,} tokens in {found.windows} windows of {found.window}")
-    show_sparsity(found)
-    show_costs(found)
-    for note in found.notes:
-        result(f"note: {note}")
-    for name, meaning in DEFINITIONS.items():
-        result(f"{name}: {meaning}")
-
-
-def show_sparsity(found: "Measurement") -> None:
-    """Print a table of layers and sites, and their means."""
-    by_layer = list(zip(*found.sparsity.values(), strict=True))
-    means = [sum(shares) / len(shares) for shares in found.sparsity.values()]
-    rows = [
-        [name, *(f"{share:.1%}" for share in shares)]
-        for name, shares in (*enumerate(by_layer), ("mean", means))
-    ]
-    print_table("sparsity", ["layer", *found.sparsity], [[str(cell) for cell in row] for row in rows])
-
-
-def show_costs(found: "Measurement") -> None:
-    """Print perplexity and costs, dense and sparse."""
-    rows = [
-        ["perplexity", _perplexity(found.dense_perplexity), _perplexity(found.perplexity), ""],
-        ["macs_paper a token", *_costs(found.macs_paper, 1e6, "M")],
-        [
-            f"bytes_engine a token, {found.dtype}, context {found.context}",
-            *_costs(found.bytes_engine, 1e6, "MB"),
-        ],
-    ]
-    print_table("quality and cost", ["", "dense", "this model", "dense / this"], rows)
-
-
-def _perplexity(found: "Perplexity | None") -> str:
-    if found is None:
-        return "-"
-    return f"{found.perplexity:.2f} \u00b1 {found.perplexity * found.standard_error:.2f}"
-
-
-def _costs(found: "DenseSparse | None", unit: float, name: str) -> list[str]:
-    if found is None:
-        return ["-", "-", "-"]
-    return [f"{found.dense / unit:.2f} {name}", f"{found.sparse / unit:.2f} {name}", f"{found.ratio:.2f}x"]
+        print_json(document)
+    else:
+        show(found, document, by_layer)
 
 
 # Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.

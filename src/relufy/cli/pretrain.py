@@ -67,10 +67,10 @@ def command(
 
     from relufy.activation_sparsity import activation_name
     from relufy.model.checkpoint import save_checkpoint
+    from relufy.processes import is_main, join_processes, leave_processes, made_once
     from relufy.train.checkpoints import remove_checkpoints
     from relufy.train.data import open_windows
     from relufy.train.pretrain import check_pretraining, pretrain
-    from relufy.train.processes import is_main, join_processes, leave_processes, made_once
 
     quiet_libraries()
     settings = _settings(

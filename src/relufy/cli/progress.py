@@ -41,18 +41,18 @@ class ProgressDisplay:
             self._bars.stop()
 
     def update(self, task: str, done: int, total: int, detail: str = "") -> None:
-        """Show that `done` of `total` of the task is done; `detail` is a few words beside it."""
+        """Show that `done` of `total` (0: nobody knows) is done; `detail` is a few words beside it."""
         if self._bars is None:
             self._print_plain(task, done, total, detail)
             return
         if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(task, total=total, detail=detail)
-        self._bars.update(self._tasks[task], completed=done, total=total, detail=detail)  # type: ignore[arg-type]
+            self._tasks[task] = self._bars.add_task(task, total=total or None, detail=detail)
+        self._bars.update(self._tasks[task], completed=done, total=total or None, detail=detail)  # type: ignore[arg-type]
 
     def _print_plain(self, task: str, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
         started, printed = self._plain.setdefault(task, (now, 0.0))
-        if done < total and now - printed < PLAIN_SECONDS:
+        if (done < total or not total) and now - printed < PLAIN_SECONDS:
             return
         self._plain[task] = (started, now)
         left = (
@@ -60,4 +60,5 @@ class ProgressDisplay:
             if 0 < done < total and now > started
             else ""
         )
-        self._console.print(f"{task}: {done}/{total}{left}  {detail}".rstrip(), markup=False, soft_wrap=True)
+        share = f"{done}/{total}" if total else f"{done}"
+        self._console.print(f"{task}: {share}{left}  {detail}".rstrip(), markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from relufy.engine.spec import decoder_spec
 from relufy.hub import read_config
 from relufy.measure.bytes_read import bytes_by_kind
 from relufy.measure.cost import Sparsity
-from relufy.measure.measure import model_macs
+from relufy.measure.costs import model_macs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

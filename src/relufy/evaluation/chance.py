@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -27,16 +27,21 @@ class Chance:
         """The share that guessing gets right: the mean of 1 / choices."""
         return mean_and_error(self.probabilities)[0]
 
-    @property
-    def baseline(self) -> float:
-        """What needs no understanding: guessing, or always the same answer, whichever scores more."""
-        return max(self.level, self.constant or 0.0)
+    @cached_property
+    def better_constant(self) -> float | None:
+        """The constant answer's share where that is more than guessing gives: of few documents, some answer
+        always is the commonest."""
+        if self.constant is None:
+            return None
+        count, num_answers = len(self.probabilities), 1 / min(self.probabilities)
+        by_guessing = probability_of_at_least(round(self.constant * count), self.probabilities)
+        return self.constant if num_answers * by_guessing < LEVEL else None
 
     def is_beaten_by(self, correct: int) -> bool:
         """Return whether so many right answers are more than guesses and a constant answer give."""
         count = len(self.probabilities)
         guessing = probability_of_at_least(correct, self.probabilities)
-        constant = probability_of_at_least(correct, [self.constant or 0.0] * count)
+        constant = probability_of_at_least(correct, [self.better_constant or 0.0] * count)
         return max(guessing, constant) < LEVEL
 
 

@@ -67,8 +67,7 @@ class Row:
 
     def _constant(self) -> float | None:
         """Return what one constant answer gets where that is more than guessing."""
-        chance = self.after.chance
-        return chance.constant if chance and chance.constant and chance.constant > chance.level else None
+        return self.after.chance and self.after.chance.better_constant
 
     def _same_extreme(self) -> int | None:
         """Return 0 or 100 if both models get no document right, or all."""

@@ -18,7 +18,7 @@ from relufy.engine.quantize import CHUNK, GROUPS, INTEGER, LINE, row_bytes, row_
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.engine.source_tensors import correction_rank
 from relufy.engine.spec import LAYER_NORMS, DecoderSpec
-from relufy.measure.cost import DenseSparse, Sparsity
+from relufy.measure.cost import HEAD, Cost, DenseSparse, Sparsity, cost_of
 
 SCALE_BYTES = 4
 INDEX_BYTES = 4
@@ -31,7 +31,9 @@ KIND = {
     **{name: name for name in ("o", "gate")},
 }
 """Matrix -> the kind of bytes that its weights are."""
+SITES = ("q", "k", "v", "o", "gate", "up", "down")
 LISTS = "norms and lists"
+EMBEDDING = "embedding and head"
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,31 @@ def correction_ranks(spec: DecoderSpec, weights: SafetensorsFolder) -> dict[tupl
     }
 
 
-def bytes_engine(spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing = F32) -> DenseSparse:
+def bytes_engine(spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing = F32) -> Cost:
     """Return the bytes that the engine reads for one token at `context` positions.
 
     Dense means the same model packed with no sparsifier at all, in the same types, not the sparse file with
-    skipping off.
+    skipping off. Its parts are sites, `head` (the embedding's row with it), `keys and values`, and
+    `norms and lists`.
     """
     dense_layers = tuple(
         replace(s, activation="silu", has_up_relu=False, deviations=None, masks={}) for s in spec.layers
     )
-    dense = bytes_by_kind(replace(spec, layers=dense_layers), {}, context, packing)
-    return DenseSparse(sum(dense.values()), sum(bytes_by_kind(spec, sparsity, context, packing).values()))
+    dense = _bytes_by_part(replace(spec, layers=dense_layers), {}, context, packing)
+    sparse = _bytes_by_part(spec, sparsity, context, packing)
+    return cost_of({part: DenseSparse(dense[part], sparse[part]) for part in dense})
+
+
+def _bytes_by_part(spec: DecoderSpec, sparsity: Sparsity, context: int, packing: Packing) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for reading in readings(spec, sparsity, context, packing):
+        part = HEAD if reading.kind == EMBEDDING else reading.site or reading.kind
+        parts[part] = parts.get(part, 0.0) + reading.bytes
+    return {part: parts[part] for part in sorted(parts, key=_place)}
+
+
+def _place(part: str) -> int:
+    return SITES.index(part) if part in SITES else len(SITES) + (part != HEAD)
 
 
 def bytes_by_kind(
@@ -112,7 +128,7 @@ def bytes_by_kind(
     A site that `sparsity` does not name has the zeros of the one whose mask it shares, else none; `down` has
     at least those of `neuron`.
     """
-    kinds = dict.fromkeys(("embedding and head", *KIND.values(), "keys and values", LISTS), 0.0)
+    kinds = dict.fromkeys((EMBEDDING, *KIND.values(), "keys and values", LISTS), 0.0)
     for reading in readings(spec, sparsity, context, packing):
         kinds[reading.kind] += reading.bytes
     return kinds
@@ -124,7 +140,7 @@ def readings(
     """Yield what is read for one token, and how; `bytes_by_kind` is the sum of it."""
     wide = packing.wide_dtype
     embedding = row_bytes(spec.hidden_size, wide)
-    yield Reading("embedding and head", embedding + _row_bytes(spec.vocab_size, spec.hidden_size, wide))
+    yield Reading(EMBEDDING, embedding + _row_bytes(spec.vocab_size, spec.hidden_size, wide))
     yield Reading("keys and values", sum(_kv_bytes(spec, layer, context, packing) for layer in spec.layers))
     yield Reading(LISTS, _norm_bytes(spec))
     flags = numbers(spec)

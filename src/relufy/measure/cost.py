@@ -4,8 +4,10 @@
 account, about speed here: bytes_read.py.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Sparsity = Mapping[str, Sequence[float]]
 """Site -> the share of zeros, one value per layer."""
@@ -27,9 +29,42 @@ class DenseSparse:
         return self.dense / self.sparse
 
 
+@dataclass(frozen=True)
+class Cost(DenseSparse):
+    """A cost of a token, and which part of it is whose."""
+
+    parts: Mapping[str, DenseSparse]
+    """By site, and what belongs to none, as `head`."""
+
+    @property
+    def without_head(self) -> DenseSparse:
+        """The cost of the blocks alone."""
+        return total(part for name, part in self.parts.items() if name != HEAD)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data: with the head, without it, and by part."""
+        parts = {name: _plain(part) for name, part in self.parts.items()}
+        return _plain(self) | {"without_head": _plain(self.without_head), "parts": parts}
+
+
+HEAD = "head"
+
+
+def total(costs: Iterable[DenseSparse]) -> DenseSparse:
+    """Return the sum of costs."""
+    parts = list(costs)
+    return DenseSparse(math.fsum(part.dense for part in parts), math.fsum(part.sparse for part in parts))
+
+
+def cost_of(parts: Mapping[str, DenseSparse]) -> Cost:
+    """Return the cost that has these parts."""
+    whole = total(parts.values())
+    return Cost(whole.dense, whole.sparse, parts)
+
+
 def macs_paper(
     layers: Sequence[LayerShapes], head: tuple[int, int], sparsity: Sparsity, has_sparse_inputs: bool
-) -> DenseSparse:
+) -> Cost:
     """Return multiply-accumulates per token: every linear layer and the head (out, in), nothing else.
 
     q k v, gate and down skip the columns of zero inputs. In a gated MLP, up skips the rows of zero neurons
@@ -39,14 +74,18 @@ def macs_paper(
     """
 
     def share(site: str, layer: int) -> float:
-        return 1.0 - sparsity.get(site, [0.0] * len(layers))[layer]
+        has_row_skipping = site == "up" and "gate" in layers[layer] and not has_sparse_inputs
+        zeros = sparsity.get("neuron" if has_row_skipping else site, [0.0] * len(layers))[layer]
+        return 1.0 if site == "o" else 1.0 - zeros
 
-    dense = sparse = float(head[0] * head[1])
-    for index, shapes in enumerate(layers):
-        has_row_skipping = "gate" in shapes and not has_sparse_inputs
-        reads = {site: share(site, index) for site in shapes}
-        reads |= {"o": 1.0, "up": share("neuron" if has_row_skipping else "up", index)}
-        for site, (outputs, inputs) in shapes.items():
-            dense += outputs * inputs
-            sparse += outputs * inputs * reads[site]
-    return DenseSparse(dense, sparse)
+    def site_cost(site: str) -> DenseSparse:
+        sizes = [(index, math.prod(shapes[site])) for index, shapes in enumerate(layers)]
+        read = math.fsum(size * share(site, index) for index, size in sizes)
+        return DenseSparse(float(sum(size for _, size in sizes)), read)
+
+    parts = {site: site_cost(site) for site in layers[0]}
+    return cost_of(parts | {HEAD: DenseSparse(float(math.prod(head)), float(math.prod(head)))})
+
+
+def _plain(cost: DenseSparse) -> dict[str, float]:
+    return {"dense": cost.dense, "sparse": cost.sparse}

@@ -1,148 +1,133 @@
-"""`relufy measure`: zeros at every site, perplexity, and the two costs of a token, on the user's text."""
+"""`relufy.measure(model, text)`: the zeros of a model on a text, its quality, and what a token costs."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from relufy.activation_sparsity import read_activation_sparsity
-from relufy.engine.pack import check_choice
-from relufy.engine.safetensors_folder import SafetensorsFolder
-from relufy.engine.spec import decoder_spec
+import torch
+from transformers import PreTrainedModel
+
+from relufy.activation_sparsity import BLOCK_KEY
 from relufy.errors import UserError
-from relufy.hub import context_length, model_folder, read_config
-from relufy.measure.bytes_read import Packing, bytes_engine, correction_ranks
-from relufy.measure.cost import DenseSparse, LayerShapes, Sparsity, macs_paper
-from relufy.measure.quality import Perplexity, perplexity
-from relufy.measure.sparsity import measure_sparsity
-from relufy.text import read_windows, refuse_long_windows
+from relufy.hub import context_length, model_folder
+from relufy.measure.batches import Text, dealt_batches, windows_of
+from relufy.measure.cost import Cost, Sparsity
+from relufy.measure.costs import model_bytes, model_macs
+from relufy.measure.counting_pass import CountingPass, Progress
+from relufy.measure.measurement import Measurement
+from relufy.measure.quality import refuse_other_vocabulary
+from relufy.model.checkpoint import load_model, load_tokenizer
+from relufy.model.configuration import sparsity_of
+from relufy.processes import own_device
+from relufy.text import TextWindows, refuse_long_windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from relufy.model.sites import BlockSites
-
-DEFINITIONS = {
-    "sparsity": "share of exact zeros over all positions: inputs of q k v o gate up down, behind masks; "
-    "neuron is the activation's output",
-    "perplexity": "exp of the mean negative log-likelihood per predicted token; "
-    "each window is predicted from its second position on",
-    "macs_paper": "multiply-accumulates of linear layers and head for one token, "
-    "as ReLU Strikes Back counts them (o always dense)",
-    "bytes_engine": "bytes that the CPU engine reads for one token: weights packed as `dtype`, with scales "
-    "and padding, lists of active entries, keys and values",
-}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What `measure` found. A None has its reason in `notes`. Sparsity: site -> one share per layer."""
-
-    model: str
-    tokens: int
-    windows: int
-    window: int
-    sparsity: dict[str, tuple[float, ...]]
-    perplexity: Perplexity
-    dense_perplexity: Perplexity | None
-    macs_paper: DenseSparse
-    bytes_engine: DenseSparse | None
-    dtype: str
-    context: int
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data, without each window's own perplexity."""
-        plain = {**asdict(self), "definitions": DEFINITIONS}
-        for found in filter(None, (plain["perplexity"], plain["dense_perplexity"])):
-            del found["per_window"]
-        return plain
+Model = str | Path | PreTrainedModel
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(
-    model: str | Path,
-    text: Sequence[str | Path] | str | Path,
-    dense: str | Path | None = None,
+    model: Model,
+    text: Text,
+    dense: Model | None = None,
     window: int = 256,
     max_windows: int | None = None,
     batch_size: int = 16,
-    dtype: str = "f32",
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    precision: str = "f32",
+    progress: Progress = lambda task, done, total: None,
 ) -> Measurement:
-    """Measure a checkpoint on text files. Raises UserError.
+    """Measure a model on a text, in one pass over it. Raises UserError.
 
-    `dense` is the checkpoint to compare the perplexity with; by default the one that the model was made from,
-    where its provenance names a folder that is still there. Text is cut into windows of `window` tokens, each
-    opened by the tokenizer's beginning-of-sequence token if it has one; `max_windows` keeps the first ones.
-    `bytes_engine` is at half a window of context, the mean over a window's positions, for a file packed as
-    `dtype` (zeros are those of the unpacked model).
+    `model` is a checkpoint folder, "bundled", a hub id, or a loaded model, wherever its layers are. `text` is
+    a file or several, cut into windows of `window` tokens, each opened by the tokenizer's
+    beginning-of-sequence token if it has one; or windows of token ids: `[windows, length]`, an iterable of
+    `[length]` each, of any lengths, or what a tokenizer returned with padding, which is never counted. It is
+    streamed: memory does not grow with it. `max_windows` keeps the first ones.
+
+    `dense` is the model to compare the perplexity with; by default the one that a checkpoint was made from,
+    where its provenance names a folder that is still there. `bytes_engine` is at half a window of context,
+    the mean over a window's positions (zeros are those of the unpacked model).
+
+    A checkpoint is loaded in `precision` ("f32", "bf16") onto `device`: "cpu", "cuda", or "auto", which
+    spreads its layers over all GPUs (and needs accelerate); by default this process's GPU if there is one.
+
+    In processes that torchrun started and that have joined (`relufy.processes`), each measures its share, and
+    all return what one would have.
     """
-    from relufy.model.checkpoint import load_model, load_tokenizer
-
-    check_choice(dtype, "exact")
-    folder = model_folder(model)
-    tokenizer = load_tokenizer(folder)
-    files = [text] if isinstance(text, str | Path) else list(text)
-    config = read_config(folder)
-    refuse_long_windows(window, context_length(config))
-    windows = read_windows(files, tokenizer, window)[:max_windows]
-    loaded = load_model(folder)
-    sites = measure_sparsity(loaded, windows, batch_size)
-    engine_bytes, engine_note = _bytes_engine(folder, sites.sparsity, window // 2, dtype)
-    own = perplexity(loaded, windows, batch_size)
-    macs = model_macs(loaded, sites.sparsity)
-    dense_folder, dense_note = _dense_folder(folder, config, dense)
-    reference = own if dense_folder == folder else None
-    if dense_folder is not None and reference is None:
-        reference = perplexity(load_model(dense_folder), windows, batch_size)
+    load = partial(_load, device=device, precision=precision)
+    loaded = load(model)
+    if batch_size < 1:
+        raise UserError(f"a batch has at least one window, found batch_size={batch_size}")
+    windows = windows_of(text, lambda: tokenizer or _tokenizer(model), window)
+    if isinstance(windows, TextWindows):
+        refuse_long_windows(window, context_length(loaded.config.to_dict()))
+    reference, dense_note = _dense_model(loaded, dense, load)
+    counting = CountingPass(loaded, reference if reference is not loaded else None)
+    batches = dealt_batches(windows, batch_size, loaded.config.vocab_size, max_windows)
+    found = counting.run(batches, progress, max_windows or 0)
+    bytes_engine, bytes_note = _bytes(loaded, found.zeros.sites, found.window // 2)
+    if reference is loaded:
+        found = replace(found, dense_perplexity=found.perplexity)
     return Measurement(
-        model=str(model),
-        tokens=sites.tokens,
-        windows=len(windows),
-        window=window,
-        sparsity=sites.sparsity,
-        perplexity=own,
-        dense_perplexity=reference,
-        macs_paper=macs,
-        bytes_engine=engine_bytes,
-        dtype=dtype,
-        context=window // 2,
-        notes=tuple(note for note in (engine_note, dense_note, _phase_note(config)) if note),
+        **vars(found),
+        model=str(model) if isinstance(model, str | Path) else loaded.name_or_path or type(loaded).__name__,
+        macs_paper=model_macs(loaded, found.zeros.sites),
+        bytes_engine=bytes_engine,
+        context=found.window // 2,
+        notes=tuple(filter(None, (bytes_note, dense_note, _phase_note(loaded), _left_out(windows)))),
     )
 
 
-def model_macs(model: "PreTrainedModel", sparsity: Sparsity) -> DenseSparse:
-    """Return `macs_paper` of a model with the zeros measured at its sites."""
-    from relufy.model.sites import find_blocks
-    from relufy.model.sparsifiers import sparsity_of
-
-    layers = [_projection_shapes(block) for block in find_blocks(model)]
-    head: Any = model.get_output_embeddings()
-    has_sparse_inputs = any("up" in s.sites for s in sparsity_of(model).sparsifiers)
-    return macs_paper(layers, tuple(head.weight.shape), sparsity, has_sparse_inputs)
+def _tokenizer(model: Model) -> Any:
+    if not isinstance(model, str | Path):
+        raise UserError("files are cut by a tokenizer: give the model's, or windows of token ids")
+    return load_tokenizer(model)
 
 
-def _projection_shapes(block: "BlockSites") -> LayerShapes:
-    """Return (out, in) at each site; a fused projection is divided evenly among the sites that it serves."""
-    projections = block.projections()
-    served = Counter(projection.name for projection in projections.values())
-    return {site: (p.shape[0] / served[p.name], p.shape[1]) for site, p in projections.items()}
-
-
-def _bytes_engine(
-    folder: Path, sparsity: Sparsity, context: int, dtype: str
-) -> tuple[DenseSparse | None, str]:
+def _bytes(model: PreTrainedModel, sparsity: Sparsity, context: int) -> tuple[dict[str, Cost] | None, str]:
     try:
-        spec = decoder_spec(read_config(folder))
-        ranks = correction_ranks(spec, SafetensorsFolder(folder))
-        return bytes_engine(spec, sparsity, context, Packing(dtype, ranks=ranks)), ""
+        return model_bytes(model, sparsity, context), ""
     except UserError as error:
         return None, f"bytes_engine: {error}"
 
 
-def _phase_note(config: dict) -> str:
-    sparsifiers = read_activation_sparsity(config).sparsifiers
-    sites = [site for sparsifier in sparsifiers if sparsifier.phase == "decode" for site in sparsifier.sites]
+def _load(model: Model, device: str | None, precision: str) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(PRECISIONS)}, found {precision!r}")
+    place = device or own_device()
+    return load_model(model, PRECISIONS[precision], None if place == "cpu" else place)
+
+
+def _dense_model(
+    loaded: PreTrainedModel, dense: Model | None, load: Callable[[Model], PreTrainedModel]
+) -> tuple[PreTrainedModel | None, str]:
+    """Return the dense model to compare with, which may be the model itself, or None and the reason why."""
+    if dense is not None:
+        reference = load(dense)
+        refuse_other_vocabulary(reference, loaded)
+        return reference, ""
+    block = getattr(loaded.config, BLOCK_KEY, None)
+    if block is None:
+        return loaded, ""
+    base = block.get("provenance", {}).get("base") if isinstance(block, dict) else None
+    if base is None:
+        return None, "dense_perplexity: the checkpoint does not say what it was made from; name it as dense"
+    try:
+        folder = model_folder(base)
+    except (UserError, TypeError):
+        return None, f"dense_perplexity: the base model {base!r} is not here; name it as dense"
+    return load(folder), ""
+
+
+def _phase_note(model: PreTrainedModel) -> str:
+    decoding = [sparsifier for sparsifier in sparsity_of(model).sparsifiers if sparsifier.phase == "decode"]
+    sites = [site for sparsifier in decoding for site in sparsifier.sites]
     if not sites:
         return ""
     return (
@@ -150,20 +135,6 @@ def _phase_note(config: dict) -> str:
     )
 
 
-def _dense_folder(folder: Path, config: dict, dense: str | Path | None) -> tuple[Path | None, str]:
-    """Return the dense model to compare with, or None and the reason why there is none."""
-    if dense is not None:
-        return model_folder(dense), ""
-    block = config.get("activation_sparsity")
-    if block is None:
-        return folder, ""
-    base = block.get("provenance", {}).get("base")
-    if base is None:
-        return (
-            None,
-            "dense_perplexity: the checkpoint does not say what it was made from; name it with --dense",
-        )
-    try:
-        return model_folder(base), ""
-    except (UserError, TypeError):
-        return None, f"dense_perplexity: the base model {base!r} is not here; name it with --dense"
+def _left_out(windows: Any) -> str:
+    count = windows.left_out if isinstance(windows, TextWindows) else 0
+    return f"{count} tokens at the end of the text fill no window and were not measured" if count else ""

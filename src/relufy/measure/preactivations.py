@@ -18,9 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from relufy.errors import UserError
+from relufy.measure.batches import Batch
+from relufy.measure.exact_sum import ExactSum, total
 from relufy.measure.quality import evaluating
-from relufy.measure.sketch import Sketch, cuts
+from relufy.measure.sketch import Sketch, cuts, merged
 from relufy.model.structure import Activation, find_blocks
+from relufy.processes import from_all
 from relufy.text import check_windows
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -101,14 +104,15 @@ def measure_preactivations(
     Raises UserError for a model that is not recognised, unfit windows, and values that are no finite numbers.
     """
     check_windows(windows, model.config.vocab_size)
-    layers = [_Layer(block.activation) for block in find_blocks(model)]
+    counts = PreActivationCounts(model)
     with ExitStack() as hooks, evaluating(model):
-        for layer in layers:
-            hooks.callback(layer.activation.module.register_forward_pre_hook(layer.see).remove)
+        counts.attach(hooks)
         for start in range(0, len(windows), batch_size):
             batch = torch.from_numpy(windows[start : start + batch_size]).to(model.device)
+            counts.begin()
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
-    return PreActivations(int(windows.size), tuple(layer.result() for layer in layers))
+            counts.end()
+    return counts.result(int(windows.size))
 
 
 def compare_preactivations(before: PreActivations, after: PreActivations) -> tuple[LayerMovement, ...]:
@@ -133,28 +137,87 @@ def _movement(before: LayerPreActivations, after: LayerPreActivations) -> LayerM
     )
 
 
+class PreActivationCounts:
+    """Add each pass's pre-activations, by hooks on the activations, and keep no more than sketches."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layers = [_Layer(block.activation) for block in find_blocks(model)]
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Hang the hooks, to be removed with the others."""
+        for layer in self._layers:
+            hooks.callback(layer.activation.module.register_forward_pre_hook(layer.see).remove)
+
+    def begin(self, batch: Batch | None = None) -> None:
+        """Begin a pass; of a batch, whose padding does not count."""
+        for layer in self._layers:
+            layer.begin(batch)
+
+    def end(self) -> None:
+        """End the pass. Raises UserError if something in it was no finite number."""
+        for layer in self._layers:
+            layer.end()
+
+    def collect(self, tokens: int) -> PreActivations:
+        """Return what all processes counted, of so many tokens in all; all of them must call this."""
+        for layer, parts in zip(self._layers, zip(*from_all(self._state()), strict=True), strict=True):
+            layer.restore(parts)
+        return self.result(tokens)
+
+    def result(self, tokens: int) -> PreActivations:
+        """Return what was counted here."""
+        return PreActivations(tokens, tuple(layer.result() for layer in self._layers))
+
+    def _state(self) -> list["State"]:
+        return [layer.state() for layer in self._layers]
+
+
+State = tuple[Sketch, ExactSum, ExactSum]
+
+
 class _Layer:
-    """What is kept of a layer while the text passes: a sketch, and two sums on the model's device."""
+    """What is kept of a layer: a sketch, and the sums of values and squares, of each pass and of all."""
 
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
-        self._sketch = Sketch()
-        self._sum: Any = 0.0
-        self._squares: Any = 0.0
+        self._sketch, self._sum, self._squares = Sketch(), ExactSum(), ExactSum()
+        self._pass: Any = None
+        self._batch: Batch | None = None
+
+    def begin(self, batch: Batch | None) -> None:
+        self._batch, self._pass = batch, None
 
     def see(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        values: torch.Tensor = args[0].detach().float()
+        values: torch.Tensor = args[0].detach().float().flatten(0, -2)
+        if self._batch is not None:
+            values = self._batch.tokens_of(values)
         self._sketch.add(values)
-        self._sum = self._sum + values.sum(dtype=torch.float64)
-        self._squares = self._squares + values.square().sum(dtype=torch.float64)
+        squares = torch.linalg.vector_norm(values, dim=-1).double().square()
+        sums = torch.stack([values.sum(-1).double().sum(), squares.sum()])
+        self._pass = sums if self._pass is None else self._pass + sums
 
-    def result(self) -> LayerPreActivations:
-        count = self._sketch.count
-        mean, square = float(self._sum) / max(count, 1), float(self._squares) / max(count, 1)
-        if not np.isfinite(square):
+    def end(self) -> None:
+        if self._pass is None:
+            return
+        value, squares = self._pass.tolist()
+        if not np.isfinite(squares):
             raise UserError(
                 f"{self.activation.name} gets NaN or infinity; check the checkpoint, or load it in float32"
             )
+        self._sum.add(value)
+        self._squares.add(squares)
+
+    def state(self) -> State:
+        return self._sketch, self._sum, self._squares
+
+    def restore(self, parts: Sequence[State]) -> None:
+        """Take over what several processes have in all."""
+        sketches, sums, squares = zip(*parts, strict=True)
+        self._sketch, self._sum, self._squares = merged(sketches), total(sums), total(squares)
+
+    def result(self) -> LayerPreActivations:
+        count = max(self._sketch.count, 1)
+        mean, square = float(self._sum) / count, float(self._squares) / count
         edges, counts = _histogram(self._sketch)
         deviation = max(square - mean**2, 0.0) ** 0.5
         quantiles = tuple(self._sketch.value_at(share) for share in QUANTILES)

@@ -21,9 +21,9 @@ from relufy.engine.pack import check_choice
 from relufy.errors import UserError
 from relufy.hub import context_length, model_folder, read_config
 from relufy.measure.cett import CETT_TARGET, cett_sparsity
+from relufy.measure.costs import model_macs
 from relufy.measure.definitions import measure_zeros
 from relufy.measure.domain import compare_domains
-from relufy.measure.measure import model_macs
 from relufy.measure.modes import MODES, Scored, WindowLosses, window_losses
 from relufy.measure.overlap import overlap
 from relufy.method import METHODS, Calibration, method_name

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from relufy.errors import UserError
-from relufy.measure.definitions import site_weights
+from relufy.measure.site_weights import site_weights
 from relufy.method import METHODS, Scap
 from relufy.model.structure import BlockSites
 from relufy.schema import suggest

@@ -28,10 +28,13 @@ from relufy.model.sparsifiers import install_sparsity
 register()
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device_map: Any = None
+) -> PreTrainedModel:
     """Return the model of a checkpoint, dense or relufied, in eval mode, its sparsifiers in place.
 
-    `folder` may be "bundled" or a hub id. Raises UserError if it is not a whole, unquantised checkpoint of a
+    `folder` may be "bundled" or a hub id. `device_map` is transformers': a device, or "auto" to spread the
+    layers over all GPUs. Raises UserError if it is not a whole, unquantised checkpoint of a
     causal language model.
     """
     folder = model_folder(folder)
@@ -43,6 +46,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
             folder,
             config=_pointing_config(folder),
             dtype=dtype,
+            device_map=device_map,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

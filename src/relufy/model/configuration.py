@@ -48,6 +48,14 @@ def sparsity_of(model: nn.Module) -> ActivationSparsity:
     return read_activation_sparsity(model.config.to_dict())  # type: ignore[union-attr]
 
 
+def sparse_sites(model: nn.Module) -> list[str]:
+    """Return the sites with a sparsifier in some layer; a dReLU also makes zeros of its own before down."""
+    sparsifiers = sparsity_of(model).sparsifiers
+    found = {site for sparsifier in sparsifiers for site in sparsifier.sites}
+    found |= {"down"} if any(sparsifier.function == "drelu" for sparsifier in sparsifiers) else set()
+    return [site for site in ("q", "k", "v", "o", "gate", "up", "neuron", "down") if site in found]
+
+
 def has_block(model: nn.Module) -> bool:
     """Return whether the configuration has a block of ours, rather than none or native sparsity."""
     return getattr(model.config, BLOCK_KEY, None) is not None

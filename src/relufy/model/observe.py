@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from relufy.model.counting import count_rows
 from relufy.model.selections import Selection
 from relufy.model.structure import BlockSites, find_blocks, stack_name
 
@@ -15,6 +16,9 @@ ZerosOfTokens = Callable[[str, int, torch.Tensor], None]
 """Called with a site, a layer, and the number of zeros at each token, `[batch * time]`."""
 ValuesOfTokens = Callable[[str, int, torch.Tensor], None]
 """Called with a site, a layer, and what is there, `[..., width]`."""
+ZeroMasks = Callable[[str, int, torch.Tensor], None]
+"""Called with a site, a layer, and what is zero there, bool `[batch * time, width]`, padding too. Sites that
+read one tensor are shown one and the same mask."""
 
 
 class Observer:
@@ -25,17 +29,21 @@ class Observer:
     """
 
     def __init__(
-        self, num_layers: int, each: ZerosOfTokens | None = None, values: ValuesOfTokens | None = None
+        self,
+        num_layers: int,
+        each: ZerosOfTokens | None = None,
+        values: ValuesOfTokens | None = None,
+        masks: ZeroMasks | None = None,
     ) -> None:
         self._num_layers = num_layers
-        self._each = each
-        self._values = values
+        self._each, self._values, self._masks = each, values, masks
         self._zeros: dict[str, list[Any]] = {}
         self._widths: dict[str, int] = {}
         self._tokens: Any = 0
         self._is_running = False
         self._mask: torch.Tensor | None = None
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[Any, Any, Any] = (None, None, None)
+        """The last tensor that was seen, what is zero in it, and how often at each token."""
         self._stand_ins: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=2)
         """Of a shared input and, where attention and MLP are parallel, of o between its readers."""
 
@@ -65,7 +73,7 @@ class Observer:
     def end(self) -> None:
         """Stop counting until the next forward pass begins."""
         self._is_running = False
-        self._mask, self._last = None, (None, None)
+        self._mask, self._last = None, (None, None, None)
         self._stand_ins.clear()
 
     def count_instead(self, values: torch.Tensor, read: torch.Tensor) -> None:
@@ -81,12 +89,15 @@ class Observer:
         if site == "q" and layer == 0:
             self._tokens = self._tokens + self._kept(values).sum()
         if self._last[0] is not values:  # projections that share an input see the same tensor
-            self._last = (values, (values.flatten(0, -2) == 0).sum(-1) * self._kept(values))
+            is_zero = values.flatten(0, -2) == 0
+            self._last = (values, is_zero, count_rows(is_zero) * self._kept(values))
         self._widths[site] = values.shape[-1]
         layers = self._zeros.setdefault(site, [0] * self._num_layers)
-        layers[layer] = layers[layer] + self._last[1].sum()
+        layers[layer] = layers[layer] + self._last[2].sum()
         if self._each is not None:
-            self._each(site, layer, self._last[1])
+            self._each(site, layer, self._last[2])
+        if self._masks is not None:
+            self._masks(site, layer, self._last[1])
         if self._values is not None:
             self._values(site, layer, values)
 
@@ -101,11 +112,14 @@ class Observer:
 
 @contextmanager
 def observe_sites(
-    model: nn.Module, each: ZerosOfTokens | None = None, values: ValuesOfTokens | None = None
+    model: nn.Module,
+    each: ZerosOfTokens | None = None,
+    values: ValuesOfTokens | None = None,
+    masks: ZeroMasks | None = None,
 ) -> Iterator[Observer]:
     """Count zeros at every site of the model while this context lasts, and show `each` those of the tokens.
 
-    `values` is shown what the zeros are counted in.
+    `values` is shown what the zeros are counted in, `masks` where in it they are.
 
     `neuron` is the activation's output; the others are the inputs of the projections, behind their masks.
     Where a mask has a centre, what counts as zero is what equals it; where it has a rotation, zeros are
@@ -113,7 +127,7 @@ def observe_sites(
     Raises UserError for a model that is not recognised.
     """
     blocks = find_blocks(model)
-    observer = Observer(len(blocks), each, values)
+    observer = Observer(len(blocks), each, values, masks)
     with ExitStack() as hooks:
         stack = model.get_submodule(stack_name(blocks))
         begin = stack.register_forward_pre_hook(

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from relufy.errors import UserError
 from relufy.model.structure import find_blocks
+from relufy.processes import num_processes
 from relufy.recipe import Finetune
 from relufy.train.optimizers import ADAM_BETAS, schedule_arguments
-from relufy.train.processes import num_processes
 
 MAX_GRADIENT_NORM = 1.0
 COMPILER = "inductor"

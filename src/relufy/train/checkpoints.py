@@ -15,7 +15,7 @@ from typing import Any
 
 from relufy.errors import UserError
 from relufy.files import replacing
-from relufy.train.processes import is_main, wait_for_all
+from relufy.processes import is_main, wait_for_all
 
 RUN_FILE = "run.json"
 UNFINISHED = "unfinished"

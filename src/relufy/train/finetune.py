@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, set_seed
 from relufy.errors import UserError
 from relufy.measure.quality import refuse_other_vocabulary
 from relufy.model.fingerprints import refuse_training
+from relufy.processes import is_main, join_processes, num_processes
 from relufy.recipe import Finetune
 from relufy.text import check_windows, refuse_long_windows
 from relufy.train.adapters import adapted
 from relufy.train.arguments import layer_classes, training_arguments
 from relufy.train.checkpoints import checkpoint_folder, last_checkpoint, run_folder, step_of
-from relufy.train.processes import is_main, join_processes, num_processes
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer, OnLog, TrainingWindows
 

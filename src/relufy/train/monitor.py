@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from relufy.model.configuration import sparsity_of
+from relufy.model.configuration import sparse_sites
+from relufy.model.counting import count_columns, count_rows, in_whole_runs
 from relufy.model.observe import observe_sites
 from relufy.model.structure import find_blocks
-from relufy.train.processes import num_processes, sum_over_processes
+from relufy.processes import num_processes, sum_over_processes
 
 DEAD_POSITIONS = 65_536
 """A neuron that was active at none of at least so many positions is dead."""
@@ -41,7 +42,7 @@ class Monitor:
         if not self._sites:
             yield
             return
-        with observe_sites(self._model, self._add_zeros, self._see):
+        with observe_sites(self._model, self._add_zeros, self._see, self._see_neurons):
             yield
 
     def metrics(self) -> dict[str, Any]:
@@ -88,8 +89,10 @@ class Monitor:
             self._positions += values.shape[:-1].numel() if layer == 0 else 0
         if site in self._widths:
             self._widths[site][layer] = values.shape[-1]
+
+    def _see_neurons(self, site: str, layer: int, is_zero: torch.Tensor) -> None:
         if site == "neuron" and self._neurons:
-            self._neurons[layer].see(values.detach().reshape(*self._shape, -1))
+            self._neurons[layer].see(is_zero.reshape(*self._shape, -1))
 
 
 class NeuronCounts:
@@ -110,27 +113,28 @@ class NeuronCounts:
         """How many positions a dead neuron was active at none of, in this process."""
         return self._recent_positions + self._before_positions
 
-    def see(self, values: torch.Tensor) -> None:
-        """Count where values, `[windows, length, neurons]`, are not zero."""
+    def see(self, is_zero: torch.Tensor) -> None:
+        """Count where neurons were active, given where they were not, bool `[windows, length, neurons]`."""
         if self._recent_positions * num_processes() >= DEAD_POSITIONS:
             self._before, self._before_positions = self._recent, self._recent_positions
             self._recent, self._recent_positions = False, 0
-        is_active = values != 0
-        counts = is_active.sum((0, 1))
+        windows, length, _ = is_zero.shape
+        counts = windows * length - count_columns(is_zero.flatten(0, 1))
         self._active = self._active + counts
         self._recent = (counts > 0) | self._recent
-        chunks = values.shape[1] // UNION_TOKENS
-        whole = is_active[:, : chunks * UNION_TOKENS].unflatten(1, (chunks, UNION_TOKENS))
-        self._united = self._united + whole.any(2).sum()
-        self._positions += values.shape[0] * values.shape[1]
-        self._recent_positions += values.shape[0] * values.shape[1]
-        self._chunks += values.shape[0] * chunks
+        chunks = length // UNION_TOKENS
+        if chunks:
+            *_, (_, silent) = in_whole_runs(is_zero[:, : chunks * UNION_TOKENS], UNION_TOKENS)
+            self._united = self._united + silent.numel() - count_rows(silent.flatten(0, 1)).sum()
+        self._positions += windows * length
+        self._recent_positions += windows * length
+        self._chunks += windows * chunks
 
     def report(self) -> dict[str, torch.Tensor]:
         """Return the shares since the last report, over all processes, and begin anew."""
         seen = self._recent | self._before
         active, alive, united = sum_over_processes(
-            torch.cat([self._active, seen.long(), self._united[None]])
+            torch.cat([self._active, seen.long(), self._united * torch.ones_like(self._active[:1])])
         ).split([len(seen), len(seen), 1])
         is_alive, processes = alive > 0, num_processes()
         live = self._positions * processes * is_alive.sum().clamp_min(1)
@@ -142,11 +146,3 @@ class NeuronCounts:
             report["union_density"] = united[0] / (self._chunks * processes * len(seen))
         self._active, self._united, self._positions, self._chunks = 0, 0, 0, 0
         return report
-
-
-def sparse_sites(model: nn.Module) -> list[str]:
-    """Return the sites with a sparsifier in some layer; a dReLU also makes zeros of its own before down."""
-    sparsifiers = sparsity_of(model).sparsifiers
-    found = {site for sparsifier in sparsifiers for site in sparsifier.sites}
-    found |= {"down"} if any(sparsifier.function == "drelu" for sparsifier in sparsifiers) else set()
-    return [site for site in ("q", "k", "v", "o", "gate", "up", "neuron", "down") if site in found]

@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from relufy.errors import UserError
 from relufy.model.structure import find_blocks, stack_name
+from relufy.processes import sum_over_processes
 from relufy.recipe import Penalty
 from relufy.train.controller import DensityController
-from relufy.train.processes import sum_over_processes
 
 
 class SparsityPenalty(ABC):

@@ -14,10 +14,10 @@ from relufy.errors import UserError
 from relufy.methods.setting import Progress, no_progress
 from relufy.methods.sparsify import sparsify
 from relufy.model.checkpoint import load_model, save_checkpoint
+from relufy.processes import is_main, join_processes, wait_for_all
 from relufy.recipe import Finetune, Recipe
 from relufy.train.checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
 from relufy.train.finetune import UNTRAINED, FinetuneResult, finetune
-from relufy.train.processes import is_main, join_processes, wait_for_all
 from relufy.train.stream import WindowStream
 
 TextOf = Callable[[Finetune], "np.ndarray | WindowStream"]

@@ -24,6 +24,13 @@ from transformers import (
 )
 
 from relufy.errors import UserError
+from relufy.processes import (
+    from_all,
+    is_main,
+    num_processes,
+    process_index,
+    sum_over_processes,
+)
 from relufy.recipe import Finetune
 from relufy.train.arguments import shard_teacher
 from relufy.train.checkpoints import finish_checkpoint
@@ -32,13 +39,6 @@ from relufy.train.losses import loss_terms
 from relufy.train.monitor import Monitor
 from relufy.train.optimizers import make_optimizer
 from relufy.train.penalty import NeuronPenalty, SparsityPenalty
-from relufy.train.processes import (
-    from_all,
-    is_main,
-    num_processes,
-    process_index,
-    sum_over_processes,
-)
 from relufy.train.stream import WindowStream
 
 OnLog = Callable[[dict[str, Any]], None]

@@ -1,7 +1,7 @@
-"""What a training process must know of the others: torchrun or accelerate started them, torch joins them."""
+"""What a process must know of the others: torchrun or accelerate started them, torch joins them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -40,6 +40,11 @@ def process_index() -> int:
     return distributed.get_rank() if num_processes() > 1 else 0
 
 
+def own_device() -> str:
+    """Return the GPU that this process has to itself ("cuda:1"), or "cpu" without any."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
 def is_main() -> bool:
     """Return whether this process is the one that prints and saves."""
     return process_index() == 0
@@ -51,6 +56,12 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
         values = values.clone()
         distributed.all_reduce(values)
     return values
+
+
+def sums_over_processes(counts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return, on the CPU, the sums of every process's tensors, wherever they are; all must call this."""
+    own = [tensor.cpu() for tensor in counts]
+    return [torch.stack(parts).sum(0) for parts in zip(*from_all(own), strict=True)]
 
 
 def from_all(value: Any) -> list[Any]:
