@@ -49,6 +49,7 @@ def speculative(seconds: float, gamma: int, read: int, text: tuple[int, ...] = (
     stats = counts | by_size | {"rounds_by_size": {str(gamma + 1): 4}}
     stats |= {"draft_seconds": 0.4 * gamma, "verify_seconds": seconds - 0.4 * gamma}
     stats |= {"accepted_by_place": [4, 2] + [0] * (gamma - 2), "tested_by_place": [4, 4] + [0] * (gamma - 2)}
+    stats |= {"draft_weight_bytes": 8 * gamma, "draft_kv_bytes": 32 * gamma}
     weights = {"weight_bytes": 4 * read, "kv_bytes": 0}
     return {"seconds": seconds, "tokens": 10, "text": list(text), "speculation": stats, **weights}
 
@@ -73,6 +74,7 @@ def test_figures_by_hand():
     assert two["tokens_per_round"] == 2.5 and two["union_sparsity"] == 0.4
     assert two["random_union_sparsity"] == pytest.approx(0.7**3)
     assert two["draft_cost"] == pytest.approx(0.1) and two["verify_cost"] == pytest.approx(0.8)
+    assert two["draft_bytes"] == pytest.approx(0.1)
     assert two["bound_vs_sparse"] == pytest.approx(60 / 32)
     assert (two["same_texts"], four["same_texts"]) == (1, 0)
     assert two["bytes_skipped"] == pytest.approx(0.2)

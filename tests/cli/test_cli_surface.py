@@ -44,7 +44,12 @@ SURFACE = {
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --batch-size --shift --target --device"
-    " --precision --by-layer -o --output --json",
+    " --precision --by-layer --extended -o --output --json",
+    "measure extended": "model --text --window --max-windows --only --cett-target --percent --rank --mac"
+    " --weight-read --event --batch-size --seed --json",
+    "measure law": "run --site --skip --average --json",
+    "measure overtime": "model --text --window --max-windows --site --reuse-windows --gammas --warmup --reset"
+    " --batch-size --seed --json",
     "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
     " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
     " --json",

@@ -8,6 +8,7 @@ import relufy
 from relufy.measure.speculation_theory import (
     Costs,
     best_gamma,
+    gains,
     interpolated,
     most_from_drafts,
     random_union_sparsity,
@@ -57,6 +58,19 @@ def test_phi_scales_what_can_be_skipped():
     )
     assert over_sparse == pytest.approx(over_dense * (1 - 0.6 * 0.9))
     assert speedup_over_sparse(costs, 0.7, 4, 0.0, 0.0) == speedup_over_dense(costs, 0.7, 4, 0.0)
+
+
+@pytest.mark.parametrize(("c", "gamma", "union", "standard", "plain"), ORACLES)
+def test_rounds_without_proposals_are_plain_tokens(c, gamma, union, standard, plain):
+    costs = Costs(c, phi=0.5)
+    every = gains(costs, 0.8, gamma, 0.9, union)
+    assert every.over_sparse == pytest.approx(speedup_over_sparse(costs, 0.8, gamma, 0.9, union))
+    assert every.over_dense == pytest.approx(speedup_over_dense(costs, 0.8, gamma, union))
+    expected = speedup_over_dense_speculation(costs, gamma, union)
+    assert every.over_dense_speculation == pytest.approx(expected)
+    none = gains(costs, 0.8, gamma, 0.9, union, share=0.0)
+    assert none.over_sparse == 1 and none.over_dense == none.over_dense_speculation == 1 / costs.token(0.9)
+    assert 1 < gains(costs, 0.8, gamma, 0.9, union, share=0.5).over_sparse < every.over_sparse
 
 
 def test_a_free_perfect_draft_gains_a_round_of_tokens():

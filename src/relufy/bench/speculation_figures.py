@@ -23,12 +23,10 @@ from relufy.bench.result import (
 from relufy.measure.speculation_theory import (
     Costs,
     best_gamma,
+    gains,
     interpolated,
     most_from_drafts,
     random_union_sparsity,
-    speedup_over_dense,
-    speedup_over_dense_speculation,
-    speedup_over_sparse,
 )
 
 
@@ -158,11 +156,13 @@ def _theory(
     """Return the formulas' gains, or None where no verification of gamma + 1 tokens was seen."""
     if skipped is None:
         return None
-    costs, alpha = Costs(found["draft_cost"]), found["acceptance"]
+    share = min(1.0, found["proposals_per_round"] / gamma)
+    costs = Costs(found["draft_cost"])
+    expected = gains(costs, found["acceptance"], gamma, plain["bytes_skipped"], skipped, share)
     return {
-        "speedup_vs_sparse": speedup_over_sparse(costs, alpha, gamma, plain["bytes_skipped"], skipped),
-        "speedup_vs_dense": speedup_over_dense(costs, alpha, gamma, skipped),
-        "speedup_vs_dense_speculation": speedup_over_dense_speculation(costs, gamma, skipped),
+        "speedup_vs_sparse": expected.over_sparse,
+        "speedup_vs_dense": expected.over_dense,
+        "speedup_vs_dense_speculation": expected.over_dense_speculation,
     }
 
 

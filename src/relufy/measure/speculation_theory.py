@@ -68,6 +68,30 @@ def speedup_over_sparse(
     return speedup_over_dense(costs, alpha, gamma, union_sparsity) * costs.token(sparsity)
 
 
+@dataclass(frozen=True)
+class Gains:
+    """Speed-ups of sparse speculative decoding."""
+
+    over_sparse: float
+    over_dense: float
+    over_dense_speculation: float
+
+
+def gains(
+    costs: Costs, alpha: float, gamma: int, sparsity: float, union_sparsity: float, share: float = 1.0
+) -> Gains:
+    """Return all three gains where a share of the rounds has proposals and the others are plain tokens.
+
+    With a share of 1 these are the formulas above; lookup often finds nothing to propose.
+    """
+    _check_share("the share of rounds", share)
+    tokens = 1 - share + share * tokens_per_round(alpha, gamma)
+    cost = (1 - share) * costs.token(sparsity) + share * costs.round(gamma, union_sparsity)
+    dense_cost = 1 - share + share * costs.round(gamma)
+    over_dense = tokens / cost
+    return Gains(over_dense * costs.token(sparsity), over_dense, dense_cost / cost)
+
+
 def random_union_sparsity(sparsity: float, num_tokens: int) -> float:
     """Return s^n: what n tokens would leave unused if they chose their neurons independently."""
     _check_share("the sparsity", sparsity)
