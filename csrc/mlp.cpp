@@ -15,6 +15,8 @@ bool is_plain_rows(const Matrix& m) { return !m.is_columns() && m.rank == 0; }
 
 constexpr size_t kShortRow = 3072;          // bytes: gathered rows up to here are fetched beside a stream
 constexpr size_t kSliceRows = 4;            // of the stream, between two shares of what is fetched
+constexpr size_t kListedRows = 32;          // the same of a list, whose kernel looks a few rows ahead
+constexpr size_t kFirstListed = 4;          // so many, which the last slice's call did not see coming
 constexpr size_t kMostFetched = 512 << 10;  // bytes: what the second cache holds beside the rest
 
 // Listed rows on their way to the second cache, a share at a time. Short rows that are gathered arrive at
@@ -36,6 +38,14 @@ struct Fetch {
       __builtin_prefetch(rows.row(list[done / lines_per_row]) + done % lines_per_row * 64, 0, 2);
   }
 };
+
+// The first of a list's rows on their way: the kernels fetch those of a list that they see, of integers
+// alone.
+void fetch_first(const StoredRows& w, const uint32_t* list, size_t count) {
+  if (!is_integer(w.dtype)) return;
+  for (size_t i = 0; i < std::min(count, kFirstListed); ++i)
+    for (size_t at = 0; at < w.stride; at += 64) __builtin_prefetch(w.row(list[i]) + at, 0, 2);
+}
 
 // The rows of a matrix that belong to a part.
 StoredRows rows_from(const StoredRows& w, size_t first) {
@@ -189,17 +199,22 @@ void Engine::first_rows(const Layer& layer, size_t index, const Part& part, cons
   size_t rows = list_candidates(first, index, part, scratch);
   size_t fetched = part.tokens < kPanelTokens ? waiting.listed : 0;  // more keep the processor busy
   Fetch fetch(rows_from(layer.up.stored, waiting.first), scratch.neurons.get(), fetched);
-  size_t slice = fetch.lines > 0 ? kSliceRows : std::max<size_t>(rows, 1);
+  bool is_all = rows == part.neurons;
+  size_t slice = std::max<size_t>(rows, 1);
+  if (fetch.lines > 0) slice = is_all ? kSliceRows : kListedRows;
+  StoredRows listed = rows_from(first.stored, part.first);
+  if (!is_all) fetch_first(listed, scratch.list.get(), rows);
   for (size_t i = 0; i < rows; i += slice) {
     size_t some = std::min(slice, rows - i);
-    if (rows == part.neurons)
+    if (!is_all) fetch_first(listed, scratch.list.get() + i + some, rows - i - some);
+    if (is_all)
       dot_rows(first, inputs_[0], part.first + i, some, part.tokens, gates_.get(), neuron_width_, scratch);
     else
-      kernels_.dot(rows_from(first.stored, part.first), scratch.list.get() + i, 0, some, inputs_[0].input(),
-                   part.tokens, scratch.products.get(), &gates_[part.first], neuron_width_);
+      kernels_.dot(listed, scratch.list.get() + i, 0, some, inputs_[0].input(), part.tokens,
+                   scratch.products.get(), &gates_[part.first], neuron_width_);
     fetch.share(round_up_quotient(rows, slice));
   }
-  if (rows < part.neurons) scratch.weight_bytes += first.stored.listed_bytes(rows);
+  if (!is_all) scratch.weight_bytes += first.stored.listed_bytes(rows);
 }
 
 // Lists the candidates of the part's tokens, and returns how many; all, where a token has no policy.

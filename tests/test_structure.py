@@ -35,6 +35,7 @@ WINGS_BELOW = {
         "serve",
         "bench",
         "report",
+        "doctor",
         "methods",
         "train",
         "evaluation",
@@ -46,6 +47,7 @@ WINGS_BELOW = {
     "serve": {"methods", "train", "measure", "engine", "model"},
     "bench": {"methods", "train", "measure", "engine", "model"},
     "report": {"methods", "train", "measure", "engine", "model"},
+    "doctor": {"methods", "measure", "engine", "model"},
     "methods": {"measure", "engine", "model"},
     "train": {"methods", "measure", "engine", "model"},
     "evaluation": {"measure", "engine", "model"},
@@ -55,7 +57,7 @@ WINGS_BELOW = {
 }
 """What each wing may import of the other wings, besides the base files."""
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "lm_eval", "scipy"}
-TORCH_SIDE = {"model", "methods", "train", "evaluation", "measure", "demo"}
+TORCH_SIDE = {"doctor", "model", "methods", "train", "evaluation", "measure", "demo"}
 HELP_SECONDS = 0.4
 
 

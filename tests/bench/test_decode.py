@@ -12,8 +12,10 @@ from tests.bench.made_up import DOCUMENT_KEYS, MACHINE_KEYS, SPEED_KEYS, FakeWor
 from relufy.bench import models
 from relufy.bench.decode import bench_decode
 from relufy.bench.options import BatchOptions, DecodeOptions, PrefillOptions
+from relufy.bench.table import show_decode
 from relufy.cli.main import run
 from relufy.engine.packed_file import read_header
+from relufy.engine.reuse import Reuse
 from relufy.errors import UserError
 
 KEYS = {
@@ -59,6 +61,18 @@ def test_a_real_run(quick_probe: None) -> None:
     assert found["bytes_per_token"] < found["dense_bytes_per_token"] < found["file_bytes"]
     wanted = {"q": 0.5, "o": 0.5, "gate": 0.5, "neuron": 0.1}
     assert {site: found["density"][site] for site in wanted} == pytest.approx(wanted, abs=0.1)
+
+
+def test_reuse_is_measured_beside_the_exact_mode(quick_probe: None) -> None:
+    options = {"tokens": 8, "context": 64, "turns": 1, "against": "none", "input_density": 0.5}
+    found = bench_decode(tiny(reuse=Reuse(4), window_union=0.3, **options))
+    assert found["reuse"]["frozen_tokens"] == 6
+    assert found["reuse"]["candidate_share"] == pytest.approx(0.3, abs=0.03)
+    assert found["bytes_per_token"] < found["exact_bytes_per_token"] < found["dense_bytes_per_token"]
+    assert "window 32, period 4" in found["label"] and found["exact_tokens_per_second"] > 0
+    assert json.loads(json.dumps(found)) == found
+    shown = show_decode(found)
+    assert [row[0] for row in shown.rows] == ["relufy, sparse", "relufy, exact", "relufy, own dense"]
 
 
 def test_contenders_take_turns(made_up: type[FakeWorker]) -> None:

@@ -13,6 +13,8 @@ from relufy.bench.random_model import dense_model, open_weights, sparse_model
 from relufy.bench.shapes import SHAPES, find_shape
 from relufy.engine import naive
 from relufy.engine.cache import packed_model
+from relufy.engine.cpu import CpuEngine
+from relufy.engine.reuse import Reuse, reuse_stats
 from relufy.engine.safetensors_folder import SafetensorsFolder
 from relufy.errors import UserError
 
@@ -97,6 +99,20 @@ def test_densities_hold_on_fresh_tokens(densities: Densities, monkeypatch: pytes
     for site, density in wanted.items():
         assert len(found[site]) == TINY.num_layers
         assert np.mean(found[site]) == pytest.approx(density, abs=0.05), site
+
+
+def test_a_union_silences_the_same_gates_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sparse_model(TINY, Densities(0.1, union=0.3), CONTEXT, 0, no_progress)
+    packed = packed_model(folder, weights=open_weights(folder))
+    engine = CpuEngine(packed)
+    tokens = np.random.default_rng(99).integers(0, TINY.vocab_size, CONTEXT + 33)
+    sequence = engine.new_sequence(CONTEXT, Reuse(1000, window=CONTEXT))
+    engine.step([(sequence, tokens)], "none")
+    stats = reuse_stats(engine.stats(), TINY.intermediate_size)
+    assert stats.candidate_share == pytest.approx(0.3, abs=0.02)
+    assert stats.fired_share == pytest.approx(0.1, abs=0.02)
+    with pytest.raises(UserError, match="more than twice"):
+        Densities(0.2, union=0.3)
 
 
 @pytest.mark.parametrize("densities", [(0.0, None), (1.5, None), (0.1, 0.0), (0.1, -1.0)], ids=str)

@@ -37,6 +37,7 @@ SURFACE = {
     " --calibration-tokens --set --no-controls --speed --threads --dtype --seed --allow-same-text -o --output"
     " --json",
     "demo": "-o --output --text --model --prompt --steps --learning-rate --json",
+    "doctor": "model --text --control --quick --windows --window --json",
     "eval": "model --before --text --tasks --task-folder --backend --limit --num-fewshot --batch-size"
     " --window --max-windows --dtype --threads --device -o --output --json",
     "finetune": "model -o --output --recipe --data --dense --steps --learning-rate --batch-size"
@@ -44,7 +45,12 @@ SURFACE = {
     "generate": f"model prompt --max-new-tokens --logprobs --quiet --json {CHOICE} {OPENING}",
     "info": "model --json",
     "measure": "model --text --dense --window --max-windows --batch-size --shift --target --device"
-    " --precision --by-layer -o --output --json",
+    " --precision --by-layer --extended -o --output --json",
+    "measure extended": "model --text --window --max-windows --only --cett-target --percent --rank --mac"
+    " --weight-read --event --batch-size --seed --json",
+    "measure law": "run --site --skip --average --json",
+    "measure overtime": "model --text --window --max-windows --site --reuse-windows --gammas --warmup --reset"
+    " --batch-size --seed --json",
     "measure reuse": "model --text --gammas --policies --reuse-window --share --most-missed --window"
     " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
     " --json",
@@ -55,6 +61,7 @@ SURFACE = {
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"
     " --tensorboard --shard --dtype --json",
     "recipes": "name",
+    "report": "runs -o --output --title",
     "sparsify": "model -o --output --recipe --method --calibration --data --sparsity --set --budget --minutes"
     " --selection --test --windows --window --dtype --threads --seed --no-measure --plot --json",
     "verify": "file --json",

@@ -7,7 +7,7 @@ import torch
 import families
 from relufy.activation_sparsity import ActivationSparsity, Sparsifier
 from relufy.errors import UserError
-from relufy.measure.cett import cett_sparsity, truncate_tail
+from relufy.measure.cett import EpsilonSearch, cett_sparsity, truncate_tail
 from relufy.measure.sparsity import measure_sparsity
 from relufy.method import Relufication
 from relufy.methods.sparsify import sparsify
@@ -97,3 +97,18 @@ def test_what_a_centre_stands_for_is_no_contribution() -> None:
 def test_a_target_is_a_share(target: float) -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         cett_sparsity(families.family("llama"), WINDOWS, target=target)
+
+
+def test_the_mean_hides_tokens_that_lose_more() -> None:
+    found = cett_sparsity(families.family("llama"), WINDOWS, target=0.3)
+    assert all(p95 > mean for p95, mean in zip(found.error_p95, found.error, strict=True))
+
+
+def test_targets_in_any_order_find_the_same() -> None:
+    """What was found for other targets narrows the search, and changes its end by its precision only."""
+    model = families.family("llama")
+    search = EpsilonSearch(model, WINDOWS)
+    for target in (0.5, 0.1, 0.3):
+        alone = cett_sparsity(model, WINDOWS, target=target)
+        assert search.epsilons(target) == pytest.approx(alone.epsilon, rel=0.013)
+        assert search.result(target).sparsity == pytest.approx(alone.sparsity, abs=0.01)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from together import run_together
 
 from families import family
 from relufy.cli.quiet import quiet_libraries
@@ -32,6 +31,7 @@ from relufy.train.checkpoints import checkpoint_folder, last_checkpoint
 from relufy.train.finetune import finetune
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer
+from together import run_together
 
 STEERED = Penalty(strength=(0.0, 1.0, 1.0), until=(0.2, 0.7, 1.0), target=0.8)
 SETTINGS = Finetune(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoints import die
-from together import run_together, start
 
 from families import family
 from relufy.cli.quiet import quiet_libraries
@@ -20,6 +19,7 @@ from relufy.processes import join_processes, leave_processes
 from relufy.recipe import Calibration, Finetune, Penalty, Recipe
 from relufy.train.checkpoints import checkpoint_folder
 from relufy.train.run import Run, run_recipe, stages_folder
+from together import run_together, start
 
 FINETUNE = Finetune(
     steps=5, batch_size=4, window=8, learning_rate=3e-3, warmup_steps=1, distill=1.0, save_steps=2

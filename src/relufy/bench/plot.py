@@ -7,12 +7,13 @@ from typing import Any
 
 from relufy.errors import UserError
 from relufy.files import replacing
-from relufy.plot_style import plot_style
+from relufy.plot_style import DENSE as DENSE_COLOUR
+from relufy.plot_style import INK, SERIES, plot_style
+from relufy.plot_style import SPARSE as SPARSE_COLOUR
 
 FORMATS = ("svg", "png", "pdf")
-INK = "#1d2430"
 SPARSE, DENSE = "relufy, sparse", "relufy, own dense"
-STYLE = plot_style(INK) | {"axes.spines.left": False, "ytick.major.size": 0}
+STYLE = plot_style() | {"axes.spines.left": False, "ytick.major.size": 0}
 SPEEDS = ("tokens_per_second", "dense_tokens_per_second", "llama_cpp_tokens_per_second_by_type")
 DRAWN = {
     "decode": ("label", *SPEEDS, "bound_vs_dense"),
@@ -77,7 +78,7 @@ def contender_speeds(found: Result) -> dict[str, float]:
 
 
 def _colour(name: str) -> str:
-    return {SPARSE: "#1aa179", DENSE: "#6f7b8d", "llama.cpp Q4_K_M": "#d9b45a"}.get(name, "#b9c1cc")
+    return {SPARSE: SPARSE_COLOUR, DENSE: DENSE_COLOUR, "llama.cpp Q4_K_M": SERIES[6]}.get(name, SERIES[5])
 
 
 def _draw_bars(plt: Any, results: Sequence[Result]) -> Any:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relufy.cli import measure_reuse
+from relufy.cli import measure_extended, measure_law, measure_overtime, measure_reuse
 from relufy.cli.default_command import DefaultCommand
 from relufy.cli.options import Json, Model
 from relufy.cli.output import print_json
 from relufy.cli.progress import ProgressDisplay
 from relufy.cli.quiet import quiet_libraries
+from relufy.schema import finite
 
 if TYPE_CHECKING:
     from relufy.measure.measurement import Measurement
@@ -48,6 +49,12 @@ def command(
     ] = None,
     precision: Annotated[str, typer.Option(help="Load the model in f32 or bf16.")] = "f32",
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Show every layer, not only means.")] = False,
+    extended: Annotated[
+        bool,
+        typer.Option(
+            "--extended", help="Also what takes many runs, on 16 windows (see `relufy measure extended`)."
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the JSON document to this file.")
     ] = None,
@@ -77,7 +84,13 @@ def command(
         )
     shifts, targets = tuple(shift or SHIFTS), tuple(target or TARGETS)
     if is_main():
-        deliver(found, found.to_json(shifts, targets), output, by_layer, json)
+        document = found.to_json(shifts, targets)
+        more = measure_extended.measured(model, text, window, max_windows, batch_size) if extended else None
+        if more is not None:
+            document["extended"] = finite(more.to_json())
+        deliver(found, document, output, by_layer, json)
+        if more is not None and not json:
+            measure_extended.show(more)
     leave_processes()
 
 
@@ -98,4 +111,7 @@ def deliver(
 
 
 # Further measurements are subcommands: app.command("NAME")(module.command), with cli/measure_NAME.py.
+app.command("overtime")(measure_overtime.command)
+app.command("extended")(measure_extended.command)
+app.command("law")(measure_law.command)
 app.command("reuse")(measure_reuse.command)

@@ -181,6 +181,14 @@ def parse_speculation(
     return Speculation(draft, **chosen, min_probability=min_probability, adaptive=adaptive)
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Return the numbers of a list such as `1,2,4`. Raises UserError."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers with commas, as 1,2,4, found {text!r}") from None
+
+
 def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:
     """Return token ids and biases of `ID=BIAS` entries. Raises UserError."""
     found: dict[int, float] = {}

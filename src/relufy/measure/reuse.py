@@ -125,7 +125,7 @@ def measure_reuse(
     return {
         **heading("relufy.measure.reuse"),
         "model": str(model),
-        "options": asdict(options),
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()},
         "tokens": int(windows[:, options.warm_up + 1 :].size),
         "windows": len(windows),
         "exact": {"perplexity": _perplexity(exact), "bytes_per_token": exact.bytes_per_token},

@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from relufy.files import replacing
-from relufy.plot_style import plot_style
+from relufy.plot_style import DENSE, INK, MARKERS, plot_style
+from relufy.plot_style import SERIES as COLOURS
 
-INK = "#1d2430"
-DENSE = "#8b95a5"
-COLOURS = ("#2e5fd0", "#1aa179", "#e0803a", "#8a6fc9", "#c8447b", "#5aaec4", "#a8862b", "#4a5568")
-MARKERS = "osD^vPX*"
 CONTROL_STYLES = {"random": (0, (1, 2)), "oracle": (0, (5, 2))}
 NUM_ENTRIES = 8
 """The most that a row of the legend holds."""
@@ -30,7 +27,7 @@ def plot_comparison(document: Document, output: Path) -> None:
     import matplotlib.pyplot as plt
 
     has_bytes = document["dense"]["bytes_engine"] is not None
-    with plt.rc_context(plot_style(INK)), replacing(output) as temporary:  # type: ignore[arg-type]
+    with plt.rc_context(plot_style()), replacing(output) as temporary:  # type: ignore[arg-type]
         width = 10.4 if has_bytes else 6.2
         figure, panels = plt.subplots(
             1, 1 + has_bytes, figsize=(width, 4.6), layout="constrained", squeeze=False, sharey=True
@@ -52,6 +49,29 @@ def plot_comparison(document: Document, output: Path) -> None:
         plt.close(figure)
 
 
+def comparison_svg(document: Document, panel: str, title: str) -> str:
+    """Return one panel as inline SVG for a page: "unread" or "bytes"."""
+    from relufy.report.svg import PAGE_INK, draw
+
+    place, label = {
+        "unread": (_unread, "weights not read, % of the blocks' (model_level_sparsity)"),
+        "bytes": (_megabytes, f"MB read for a token (bytes_engine, {document['settings']['dtype']})"),
+    }[panel]
+
+    def paint(axes: Any) -> None:
+        _paint(axes, document, place, label, PAGE_INK, "none")
+        if panel == "bytes":
+            axes.invert_xaxis()
+        axes.set_ylabel("perplexity")
+        axes.legend(
+            ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9, handlelength=1.8,
+            columnspacing=1.2, labelspacing=0.3, borderaxespad=0.2,
+        )  # fmt: skip
+
+    names = ", ".join(dict.fromkeys(row["method"] for row in document["rows"]))
+    return draw(4.7, 3.9, paint, title, f"Lines: dense, {names}. Horizontal: {label}. Vertical: perplexity.")
+
+
 def _unread(found: Row) -> float | None:
     return 100 * found["model_level_sparsity"]
 
@@ -60,24 +80,28 @@ def _megabytes(found: Row) -> float | None:
     return found["bytes_engine"]["sparse"] / 1e6 if found["bytes_engine"] else None
 
 
-def _paint(axes: Any, document: Document, place: Axis, label: str) -> None:
+def _paint(
+    axes: Any, document: Document, place: Axis, label: str, ink: str = INK, face: str = "white"
+) -> None:
     dense = document["dense"]["perplexity"]["perplexity"]
     top = dense * _height(document, dense)
     axes.axhline(dense, color=DENSE, linewidth=1.2, label=f"dense {dense:.2f}", zorder=1)
     found = [row for row in document["rows"] if "perplexity" in row and place(row) is not None]
     for index, method in enumerate(dict.fromkeys(row["method"] for row in found)):
         rows = sorted((row for row in found if row["method"] == method), key=lambda row: place(row) or 0.0)
-        _paint_method(axes, index, rows, [place(row) for row in rows], top)
+        _paint_method(axes, index, rows, [place(row) for row in rows], top, face)
     if any(row["controls"] for row in found):
         for control, style in CONTROL_STYLES.items():
             name = f"{control} masks{_beyond(found, control, top)}"
-            axes.plot([], [], color=INK, linestyle=style, linewidth=1.0, alpha=0.6, label=name)
+            axes.plot([], [], color=ink, linestyle=style, linewidth=1.0, alpha=0.6, label=name)
     _scale(axes, dense, top)
     axes.set_xlabel(label)
     axes.grid(axis="y")
 
 
-def _paint_method(axes: Any, index: int, rows: Sequence[Row], xs: Sequence[Any], top: float) -> None:
+def _paint_method(
+    axes: Any, index: int, rows: Sequence[Row], xs: Sequence[Any], top: float, face: str
+) -> None:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     for control, style in CONTROL_STYLES.items():
         values = [_control(row, control) for row in rows]
@@ -85,7 +109,7 @@ def _paint_method(axes: Any, index: int, rows: Sequence[Row], xs: Sequence[Any],
     own = [_number(row["perplexity"]["perplexity"]) for row in rows]
     name = rows[0]["method"]
     axes.plot(xs, own, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name, zorder=3)
-    _write_beyond(axes, xs, own, top, colour)
+    _write_beyond(axes, xs, own, top, colour, face)
 
 
 def _scale(axes: Any, dense: float, top: float) -> None:
@@ -131,10 +155,12 @@ def _height(document: Document, dense: float) -> float:
     return max(1.02, min(1.05 * greatest / dense, MOST_TIMES_DENSE))
 
 
-def _write_beyond(axes: Any, xs: Sequence[Any], values: Sequence[float], top: float, colour: str) -> None:
+def _write_beyond(
+    axes: Any, xs: Sequence[Any], values: Sequence[float], top: float, colour: str, face: str
+) -> None:
     """Write what is beyond the upper edge, or no number, below it; each method on a line of its own."""
     line = len({text.get_color() for text in axes.texts})
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    box = {"facecolor": face, "edgecolor": "none", "pad": 0.8}
     style = {"color": colour, "fontsize": 8, "ha": "center", "va": "top", "bbox": box}
     for x, value in zip(xs, values, strict=True):
         if not value <= top:

@@ -8,10 +8,9 @@ from typing import Any
 from relufy.files import replacing
 from relufy.methods.auto import Search
 from relufy.methods.budget.frontier import Point
-from relufy.plot_style import plot_style
+from relufy.plot_style import INK, plot_style
+from relufy.plot_style import SPARSE as AUTOMATIC
 
-INK = "#1d2430"
-AUTOMATIC = "#1aa179"
 COLOURS = ("#4a7fc1", "#d9b45a", "#b3577a", "#7a6bb8", "#5aa6b0", "#c0744a", "#8a9a4b", "#6f7b8d", "#a58a7a")
 ABOVE = 2.0
 """Points that cost more than so many budgets are left out."""
@@ -27,7 +26,7 @@ def plot_frontier(search: Search, output: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(plot_style(INK)), replacing(output) as temporary:  # type: ignore[arg-type]
+    with plt.rc_context(plot_style()), replacing(output) as temporary:  # type: ignore[arg-type]
         figure, axes = plt.subplots(figsize=(8.6, 4.8), layout="constrained")
         _paint(axes, search)
         figure.savefig(temporary, format=output.suffix.removeprefix("."), dpi=160)

@@ -1,51 +1,20 @@
-"""The report's plots, as inline SVG that takes its ink from the page's text colour (light and dark)."""
+"""The plots of the demo's report, as inline SVG."""
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 
-from relufy.plot_style import plot_style
+from relufy.plot_style import DENSE, SERIES, SPARSE
+from relufy.report.lines import CELL_COLOURS
+from relufy.report.svg import PAGE_INK as INK
+from relufy.report.svg import draw
 
-INK = "#010203"
-"""Stands for the page's text colour; `to_svg` replaces it."""
-PALETTE = {"dense": "#8b95a5", "stage 1": "#1aa179", "stage 2": "#e0803a"}
+PALETTE = {"dense": DENSE, "stage 1": SPARSE, "stage 2": SERIES[2]}
 SHRINKING_COLOURS = ("#3f62b5", "#6f9be8", "#8a6fc9", "#5aaec4", "#c79be0", "#d9b45a")
 CONSTANT_COLOURS = ("#8b95a5", "#aab2be", "#c3c9d2", "#747e8e")
 """Kinds of bytes that zeros make fewer, and those that they leave."""
-CELL_COLOURS = LinearSegmentedColormap.from_list("zeros", ["#4f7bd918", "#2e5fd0"])
-
-STYLE = plot_style(INK) | dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
-
-
-def draw(width: float, height: float, paint: Callable[[Axes], None]) -> str:
-    """Return the SVG of one pair of axes (inches), painted by `paint`."""
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-        paint(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    return to_svg(buffer.getvalue())
-
-
-def to_svg(document: str) -> str:
-    """Return the bare <svg> element, with the page's ink and font, and a width that follows the page."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font: ([^;\"]*?)'sans-serif'[^;\"]*", r"font: \1inherit", svg)
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace(INK, "currentColor")
 
 
 def _beside(axes: Axes, x: float, row: int, label: str) -> None:
@@ -80,7 +49,7 @@ def bytes_per_token(variants: Sequence[Mapping[str, Any]]) -> str:
             labelspacing=0.3,
         )
 
-    return draw(8.6, 3.0, paint)
+    return draw(8.6, 3.0, paint, "Bytes read for one token", "Stacked bars of each variant, by kind of bytes")
 
 
 def kind_colours(by_kind: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -117,7 +86,8 @@ def sparsity(variant: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> str
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    return draw(5.2, 0.7 + 0.36 * max(len(names), 1), paint)
+    height = 0.7 + 0.36 * max(len(names), 1)
+    return draw(5.2, height, paint, "Share of zeros", f"By layer, at {'; '.join(names)}")
 
 
 def kl_recovered(variants: Sequence[Mapping[str, Any]]) -> str:
@@ -156,7 +126,7 @@ def kl_recovered(variants: Sequence[Mapping[str, Any]]) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
 
-    return draw(8.6, 2.6, paint)
+    return draw(8.6, 2.6, paint, "KL to the dense model", "Before and after the fine-tune of each stage")
 
 
 def training(variants: Sequence[Mapping[str, Any]], loss: str) -> str:
@@ -173,7 +143,7 @@ def training(variants: Sequence[Mapping[str, Any]], loss: str) -> str:
         axes.grid(axis="y")
         axes.legend()
 
-    return draw(5.2, 2.9, paint)
+    return draw(5.2, 2.9, paint, "Training", f"{loss} over the steps of each fine-tune")
 
 
 def speeds(variants: Sequence[Mapping[str, Any]]) -> str:
@@ -193,4 +163,4 @@ def speeds(variants: Sequence[Mapping[str, Any]]) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
 
-    return draw(5.2, 2.4, paint)
+    return draw(5.2, 2.4, paint, "Tokens per second", "Median of interleaved runs, each run a tick")

@@ -1,12 +1,12 @@
 """The report page: demo.json in, one HTML file out, with nothing loaded from elsewhere."""
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-from jinja2 import BaseLoader, Environment, StrictUndefined
+from jinja2 import Environment
 
 from relufy.report import plots
+from relufy.report.page import environment, style
 
 SITE_WORDS = {
     "neuron": "the activation function's output; a zero makes a row of up and a column of down unnecessary",
@@ -32,19 +32,13 @@ def render_demo(demo: Mapping[str, Any]) -> str:
         "sparsity": {v["name"]: plots.sparsity(v, demo["sparse_sites"]) for v in sparse},
     }
     words = {site: SITE_WORDS[site] for sites in demo["sparse_sites"] for site in sites}
-    page = _environment().from_string(_template("demo.html.jinja"))
-    return page.render(demo=demo, sparse=sparse, plots=drawn, site_words=words)
-
-
-def _template(name: str) -> str:
-    return resources.files("relufy.report").joinpath("templates", name).read_text()
+    page = _environment().get_template("demo.html.jinja")
+    return page.render(demo=demo, sparse=sparse, plots=drawn, site_words=words, style=style())
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
+    found = environment()
+    found.filters.update(
         mean=_mean,
         percent=lambda share, digits=0: f"{share:.{digits}%}",
         megabytes=lambda count: f"{count / 1e6:.2f} MB",
@@ -53,7 +47,7 @@ def _environment() -> Environment:
         fixed=lambda value, digits=2: f"{value:.{digits}f}",
         estimate=lambda e, digits=4: f"{e['value']:.{digits}f} \u00b1 {e['standard_error']:.{digits}f}",
     )
-    return environment
+    return found
 
 
 def _mean(shares: list[float] | None) -> float:
