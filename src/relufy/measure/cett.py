@@ -144,7 +144,7 @@ def cett_at(
     Means over the tokens of windows, int64 `[windows, length]`, which are run once.
     """
     scored = Scored(mode, windows.shape[1])
-    layers = [_Layer(block.down, CETT_TARGET) for block in find_blocks(model)]
+    layers = [_Layer(block.down) for block in find_blocks(model)]
     for layer in layers:
         layer.choose(epsilons)
     with _watching(model, layers, scored, _Layer.try_all):

@@ -82,7 +82,7 @@ def _plain(text: str) -> str:
 def is_text(table: Table, column: int) -> bool:
     """Tell whether a column holds words rather than figures: those wrap, and are set to the left."""
     cells = [row[column] for row in table.rows if column < len(row)]
-    return column == 0 or any(len(cell) > MOST_FIGURE or cell.isalpha() for cell in cells)
+    return column == 0 or any(len(cell) > MOST_FIGURE or cell.replace(" ", "").isalpha() for cell in cells)
 
 
 def is_wordy(table: Table) -> bool:
