@@ -42,6 +42,13 @@ class ActiveSetPolicy {
   virtual void begin(size_t first, size_t count) = 0;
   virtual void end(size_t first, size_t count) = 0;
 
+  // Whether the file's predictor names candidates, and for which tokens; `candidates` is then null.
+  virtual bool has_predictor() const { return false; }
+  virtual bool predicts(size_t position) const {
+    static_cast<void>(position);
+    return false;
+  }
+
   // Called between the two, by many threads at once. The candidates of a token; null for all neurons.
   virtual const uint64_t* candidates(size_t layer, size_t position) const = 0;
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bandwidth.h"
+#include "predicted.h"
 #include "reuse.h"
 
 using namespace nanobind::literals;
@@ -200,6 +201,13 @@ NB_MODULE(_cpu, m) {
       .def("new_sequence", &new_sequence, "prompt_length"_a, "reuse"_a.none(), "num_open"_a, Released())
       .def("fork", &fork_sequence, "sequence"_a, "reuse"_a.none(), Released())
       .def("refuses_candidates", &relufy::Engine::refuses_candidates)
+      .def("refuses_prediction", &relufy::Engine::refuses_prediction)
+      .def(
+          "new_predicted_sequence",
+          [](relufy::Engine& e, size_t prompt_length, size_t num_open) {
+            return e.new_sequence(prompt_length, std::make_unique<relufy::Predicted>(num_open));
+          },
+          "prompt_length"_a, "num_open"_a, Released())
       .def("truncate", &relufy::Engine::truncate, "sequence"_a, "length"_a, Released())
       .def("free", &relufy::Engine::free, "sequence"_a, Released())
       .def("length", &relufy::Engine::length, "sequence"_a, Released())

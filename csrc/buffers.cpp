@@ -10,7 +10,8 @@ template <class Condition>
 bool Engine::has_matrix(Condition&& condition) const {
   bool any = condition(decoder_.head);
   for (const Layer& l : decoder_.layers)
-    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) any = any || condition(*m);
+    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.predictor.inner})
+      any = any || condition(*m);
   return any;
 }
 
@@ -87,6 +88,10 @@ void Engine::make_room(size_t tokens) {
   sines_ = make_buffer<float>(room * d.ropes.size() * d.head_dim / 2);
   if (d.is_parallel) before_ = make_buffer<float>(room * width_);
   for (Vectors& v : inputs_) v = make_vectors(std::max(width_, query_width_), room);
+  if (d.predictor_rank > 0) {
+    reduced_ = make_vectors(padded(d.predictor_rank), room);
+    predicted_ = make_buffer<uint64_t>(room * set_words(neuron_width_));
+  }
   size_t most = std::max({width_, query_width_, neuron_width_});
   for (Scratch& scratch : scratch_)
     scratch.products = make_buffer<uint8_t>(std::max(dot_scratch(most, room), scatter_scratch(most, room)));

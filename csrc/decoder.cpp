@@ -70,6 +70,20 @@ class LayerReader {
     layer.is_statistical = flag("statistical");
     layer.deviations = static_cast<float>(file_.number_or(prefix_ + "deviations", 0.0));
     layer.neuron = selection("neuron", d_.intermediate_size);
+    if (file_.has_tensor(prefix_ + "predictor_in")) read_predictor(layer);
+  }
+
+  void read_predictor(Layer& layer) const {
+    size_t rank = file_.rows_of(prefix_ + "predictor_in");
+    if (rank == 0 || rank > d_.hidden_size || d_.neurons_per_partition % 64 != 0)
+      throw FileError("the packed file is damaged: a predictor of rank " + std::to_string(rank));
+    layer.predictor.inner = matrix("predictor_in", rank, d_.hidden_size);
+    Tensor outer = file_.matrix(prefix_ + "predictor_out", d_.intermediate_size, rank);
+    bool is_alike = is_integer(outer.stored.dtype) == is_integer(layer.predictor.inner.stored.dtype);
+    if (outer.layout != Layout::rows || !is_alike)
+      throw FileError("the packed file is damaged: a predictor is not stored by neuron, or in two ways");
+    layer.predictor.outer = outer.stored;
+    layer.predictor.thresholds = file_.vector(prefix_ + "predictor_threshold", d_.intermediate_size);
   }
 
   void read_bundle(Layer& layer) const {
@@ -204,6 +218,12 @@ Decoder::Decoder(const PackedFile& file) {
   for (const Layer& layer : layers)
     for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
       max_rank = std::max(max_rank, m->rank);
+  predictor_dense_first = file.whole_or("predictor_dense_first", 0, 0, kMostContext);
+  for (size_t i = num_layers; i-- > 0;) {
+    if (!layers[i].predictor) continue;
+    predictor_rank = std::max(predictor_rank, layers[i].predictor.inner.outputs);
+    first_predicted = i;
+  }
 }
 
 void Decoder::read_positions(const PackedFile& file) {

@@ -42,6 +42,16 @@ struct Matrix {
   bool reads_integers() const { return is_integer(stored.dtype) && !is_columns(); }  // quantised inputs
 };
 
+// Names the neurons that may be active: where outer (inner x) is not below the threshold, for the masked
+// input x of the MLP's first matrix.
+struct NeuronPredictor {
+  Matrix inner;
+  StoredRows outer;
+  const float* thresholds = nullptr;
+
+  explicit operator bool() const { return thresholds != nullptr; }
+};
+
 // Without a weight there is no norm; the bias is a layer norm's.
 struct Norm {
   const float *weight = nullptr, *bias = nullptr;
@@ -83,6 +93,7 @@ struct Layer {
   bool is_statistical;  // before the activation, relu(z - mean - deviations * std)
   float deviations;
   Selection neuron;
+  NeuronPredictor predictor;
 
   const Matrix& first() const { return is_gated ? gate : up; }  // whose outputs the activation reads
   bool has_global_neurons() const { return is_statistical || neuron.is_global(); }
@@ -114,6 +125,9 @@ struct Decoder {
   bool alibi_rounds;                    // to bf16, and scales by attention_scale
   std::vector<Layer> layers;
   size_t max_rank = 0;
+  size_t predictor_rank = 0;         // the greatest; 0 without a predictor
+  size_t predictor_dense_first = 0;  // positions below it have all neurons
+  size_t first_predicted = 0;        // the first layer with a predictor
 
   size_t num_partitions() const {
     return (intermediate_size + neurons_per_partition - 1) / neurons_per_partition;

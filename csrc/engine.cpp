@@ -87,13 +87,24 @@ ActiveSetPolicy* Engine::find_policy(SequenceId id) const {
 }
 
 void Engine::check_policy(const ActiveSetPolicy* policy) const {
-  std::string reason = policy ? refuses_candidates() : "";
+  std::string reason = !policy ? "" : policy->has_predictor() ? refuses_prediction() : refuses_candidates();
   if (!reason.empty()) throw std::invalid_argument("this file's neurons can't be limited: " + reason);
 }
 
 std::string Engine::refuses_candidates() const {
   for (size_t i = 0; i < decoder_.num_layers; ++i) {
     const char* reason = decoder_.layers[i].refuses_candidates();
+    if (reason) return std::string(reason) + " (layer " + std::to_string(i) + ")";
+  }
+  return "";
+}
+
+std::string Engine::refuses_prediction() const {
+  if (decoder_.predictor_rank == 0)
+    return "it has no predictor; make one with relufy predictor, and pack the model for predictor";
+  for (size_t i = 0; i < decoder_.num_layers; ++i) {
+    const Layer& layer = decoder_.layers[i];
+    const char* reason = layer.predictor ? layer.refuses_candidates() : nullptr;
     if (reason) return std::string(reason) + " (layer " + std::to_string(i) + ")";
   }
   return "";

@@ -4,9 +4,10 @@
 // step, the other sequences, and whether zeros are skipped (docs/format.md and kernels.h say how).
 //
 // buffers.cpp holds a step's memory, engine.cpp sequences and steps, decode.cpp the choice of tokens,
-// forward.cpp a token's way through the layers, attention.cpp and mlp.cpp what a layer does, projection.cpp
-// the products of matrices. A sequence may have an active set policy (active_set.h), which limits the neurons
-// that its tokens compute: the contract then holds for tokens of equal candidates.
+// forward.cpp a token's way through the layers, attention.cpp and mlp.cpp what a layer does, predict.cpp what
+// its predictor does, projection.cpp the products of matrices. A sequence may have an active set policy
+// (active_set.h), which limits the neurons that its tokens compute: the contract then holds for tokens of
+// equal candidates.
 #pragma once
 
 #include <array>
@@ -93,7 +94,10 @@ class Engine {
   // Why a policy can't limit the neurons of this file's model, in a few words; or "" if it can.
   std::string refuses_candidates() const;
 
-  // Throws std::invalid_argument if there is a policy, and the file refuses candidates.
+  // Why no predictor can name candidates, likewise.
+  std::string refuses_prediction() const;
+
+  // Throws std::invalid_argument if there is a policy, and the file refuses what it does.
   SequenceId new_sequence(size_t prompt_length = 0, std::unique_ptr<ActiveSetPolicy> policy = nullptr);
 
   SequenceId fork(SequenceId parent);
@@ -282,6 +286,10 @@ class Engine {
   void neuron_part(const Layer& layer, size_t index, const Part& part, const Part& waiting, Scratch& scratch);
   void first_rows(const Layer& layer, size_t index, const Part& part, const Part& waiting, Scratch& scratch);
   size_t list_candidates(const Matrix& first, size_t index, const Part& part, Scratch& scratch);
+  bool predicts(const Layer& layer, const Token& token) const;
+  bool predicts_any(const Layer& layer, std::span<const Token> tokens) const;
+  void reduce_inputs(const Layer& layer, std::span<const Token> tokens, Team& team);
+  void predict_part(const Layer& layer, const Part& part, Scratch& scratch);
   void collect_active(const Token& token, size_t index, size_t t, Scratch& scratch);
   void add_sums(std::span<const Token> tokens, size_t index, Team& team);
   void list_neurons(const Layer& layer, size_t index, Part& part, Scratch& scratch);
@@ -308,6 +316,8 @@ class Engine {
   Buffer<float> cosines_, sines_;  // tokens x tables x head_dim / 2
   std::array<Vectors, 3> inputs_;  // of q, k, v; of gate, up; of o; of the head
   Vectors products_;               // of down, where it is stored by row
+  Vectors reduced_;                // inputs of the predictor's outer matrix
+  Buffer<uint64_t> predicted_;     // tokens x set_words(neuron_width_): candidates
   Buffer<uint32_t> all_;           // 0, 1, 2, ...
   std::array<const uint64_t*, kMostTokens> candidates_{};  // of the tokens, in the layer; null: all neurons
   std::vector<Token> tokens_;

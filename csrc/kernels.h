@@ -152,6 +152,9 @@ struct Kernels {
   // x[i] = 0 where first + i is not in the set; n and first are multiples of 16.
   void (*keep_members)(const uint64_t* set, size_t first, size_t n, float* x);
 
+  // Writes the set of those i < n where x[i] is not below least[i], and zeros up to a whole word.
+  void (*reach)(const float* x, const float* least, size_t n, uint64_t* set);
+
   // Writes the set of those i < n where x[i] is not zero, and zeros up to a whole word; returns their number.
   size_t (*collect)(const float* x, size_t n, uint64_t* set);
 

@@ -65,6 +65,7 @@ Engine::Part Engine::part_of(size_t partition, std::span<const Token> tokens) co
 
 void Engine::mlp(const Layer& layer, size_t index, std::span<const Token> tokens, Team& team) {
   mlp_inputs(layer, index, tokens, team);
+  reduce_inputs(layer, tokens, team);
   Projection projections[2];
   size_t count = 0;
   if (!is_plain_rows(layer.first()) || layer.has_global_neurons())
@@ -136,7 +137,9 @@ void Engine::mlp_inputs(const Layer& layer, size_t index, std::span<const Token>
   auto list = [&] {
     Site first = layer.is_gated ? kGate : kUp;
     Use before = stats_.used[first][index];
-    list_inputs(inputs_[0], layer.first(), tokens.size(), stats_.used[first], index);
+    bool reads_columns = layer.predictor.inner.is_columns() && predicts_any(layer, tokens);
+    const Matrix& reader = reads_columns ? layer.predictor.inner : layer.first();
+    list_inputs(inputs_[0], reader, tokens.size(), stats_.used[first], index);
     if (has_own_up)
       list_inputs(inputs_[1], layer.up, tokens.size(), stats_.used[kUp], index);
     else if (layer.is_gated)
@@ -149,6 +152,7 @@ void Engine::mlp_inputs(const Layer& layer, size_t index, std::span<const Token>
     Scratch& scratch = scratch_[team.thread()];
     ActiveSetPolicy* policy = tokens[t].policy;
     candidates_[t] = policy ? policy->candidates(index, tokens[t].place.position) : nullptr;
+    if (predicts(layer, tokens[t])) candidates_[t] = &predicted_[t * set_words(neuron_width_)];
     normalise_token(layer.mlp_norm, mlp_hidden(t), &normed_[t * width_]);
     bool up_quantises = layer.up.reads_integers();
     fill(inputs_[0], layer.first(), tokens[t].place, t, &normed_[t * width_], scratch,
@@ -176,6 +180,7 @@ void Engine::neuron_part(const Layer& layer, size_t index, const Part& part, con
   size_t rounded = round_up(part.neurons, 16);
   const Matrix& first = layer.first();
   if (layer.has_global_neurons()) return;
+  predict_part(layer, part, scratch);
   if (is_plain_rows(first)) first_rows(layer, index, part, waiting, scratch);
   for (size_t t = 0; t < part.tokens; ++t) {
     float* z = &gates_[t * neuron_width_ + part.first];
@@ -236,7 +241,8 @@ void Engine::collect_active(const Token& token, size_t index, size_t t, Scratch&
   size_t active = kernels_.collect(&gates_[t * neuron_width_], decoder_.intermediate_size,
                                    set ? set : scratch.active.get());
   if (candidates_[t]) scratch.fired[index] += active;
-  if (candidates_[t] && index == 0) ++scratch.limited;
+  size_t first = token.policy->has_predictor() ? decoder_.first_predicted : 0;
+  if (candidates_[t] && index == first) ++scratch.limited;
 }
 
 // Every thread finds the same tokens, so that all go through the phase or none does.

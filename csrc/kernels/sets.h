@@ -46,6 +46,26 @@ void keep_members(const uint64_t* set, size_t first, size_t n, float* x) {
   }
 }
 
+void reach(const float* x, const float* least, size_t n, uint64_t* set) {
+  for (size_t i = 0; i < n; i += 64) {
+    uint64_t word = 0;
+    for (size_t j = 0; j < 64 && i + j < n; j += 16) {
+      size_t left = n - i - j < 16 ? n - i - j : 16;
+#if defined(__AVX512F__)
+      auto valid = static_cast<__mmask16>((1u << left) - 1);
+      uint64_t some = _mm512_mask_cmp_ps_mask(valid, _mm512_maskz_loadu_ps(valid, x + i + j),
+                                              _mm512_maskz_loadu_ps(valid, least + i + j), _CMP_NLT_UQ);
+#else
+      uint64_t some = 0;
+      for (size_t k = 0; k < left; ++k)
+        some |= static_cast<uint64_t>(!(x[i + j + k] < least[i + j + k])) << k;
+#endif
+      word |= some << j;
+    }
+    set[i / 64] = word;
+  }
+}
+
 size_t collect(const float* x, size_t n, uint64_t* set) {
   size_t count = 0;
   for (size_t i = 0; i < n; i += 64) {

@@ -23,6 +23,7 @@ const Kernels table = {
     list_active,
     list_members,
     keep_members,
+    reach,
     collect,
     activate,
     multiply,

@@ -291,6 +291,22 @@ void test_sets(const Kernels& k) {
   for (size_t i = 0; i < 16; ++i) CHECK(i == 1 ? std::isnan(nan[i]) : nan[i] == 0.0f);
 }
 
+// What reaches its own limit is in the set; an equal score is, and so is one that is no number.
+void test_reach(const Kernels& k) {
+  for (size_t n : {1, 15, 16, 70, 128, 200}) {
+    Floats x(n), least(n);
+    for (size_t i = 0; i < n; ++i) {
+      x[i] = static_cast<float>(i * 7 % 5) - 2;
+      least[i] = static_cast<float>(i * 3 % 4) - 2;
+    }
+    x[n / 2] = std::nanf("");
+    std::vector<uint64_t> set((n + 63) / 64, ~0ull);
+    k.reach(x.data(), least.data(), n, set.data());
+    for (size_t i = 0; i < 64 * set.size(); ++i)
+      CHECK((set[i / 64] >> (i % 64) & 1) == (i < n && !(x[i] < least[i])));
+  }
+}
+
 double activation_of(Activation activation, double z) {
   double relu = z > 0 ? z : 0;
   switch (activation) {
@@ -517,6 +533,7 @@ int main() {
     test_quantise(*k);
     test_list_active(*k);
     test_sets(*k);
+    test_reach(*k);
     test_activations(*k);
     test_multiply(*k);
     test_norms(*k);

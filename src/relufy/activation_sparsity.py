@@ -62,9 +62,9 @@ FATRELU = "fatrelu"
 FATRELU_THRESHOLD_KEY = "hidden_act_param"
 """Where ProSparse and MiniCPM-S keep FATReLU's threshold."""
 
-PREDICTOR_KINDS = ("svd", "plain_svd", "trained")
+PREDICTOR_KINDS = ("svd", "plain_svd", "trained", "random")
 """How predictors are made: by a singular value decomposition of the gate where the text's inputs lie, by one
-of the gate alone, or from the first one by training."""
+of the gate alone, from the first one by training, or drawn, which is for benchmarks of speed alone."""
 PREDICTOR_VERSION = 1
 
 PREDICTABLE = ("relu", "relu2", "helu", "fatrelu", "drelu", "threshold")

@@ -168,3 +168,30 @@ def test_labels() -> None:
     assert DecodeOptions(model="/some/model", dtype="int4").label == "model int4, context 256"
     assert PrefillOptions(shape="7b", dtype="bf16").label == "7b bf16, MLP 0.1, 512 tokens"
     assert BatchOptions(model="bundled", context=64).label == "bundled int8, context 64"
+
+
+def test_a_predictor_names_the_candidates_of_a_shape(quick_probe: None) -> None:
+    """Rows of gates outside of the candidates are not read, and the active share is as wanted."""
+    options = tiny(
+        predictor=16, candidate_density=0.2, input_density=0.5, context=64, turns=1, against="none"
+    )
+    found = bench_decode(options)
+    assert found["predictor"]["candidate_share"] == pytest.approx(0.2, abs=0.03)
+    assert found["predictor"]["fired_share"] == pytest.approx(0.1, abs=0.02)
+    assert found["predictor"]["predicted_tokens"] == options.tokens
+    exact = bench_decode(tiny(mlp_density=0.1, input_density=0.5, context=64, turns=1, against="none"))
+    assert found["bytes_per_token"] < exact["bytes_per_token"]
+    assert "predictor of rank 16, candidates 0.2" in found["label"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predictor": 0}, "rank=N for --shape"),
+        ({"candidate_density": 0.2}, "with --predictor"),
+        ({"predictor": 8, "candidate_density": 0.05}, "below --mlp-density"),
+    ],
+)
+def test_refused_predictors(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _ = tiny(**options).densities

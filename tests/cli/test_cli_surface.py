@@ -7,7 +7,7 @@ from relufy.cli.main import app, run
 
 CHOICE = (
     "--temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty"
-    " --logit-bias --seed --stop --context-policy --keep --reuse --reuse-window --reuse-policy"
+    " --logit-bias --seed --stop --context-policy --keep --reuse --reuse-window --reuse-policy --predictor"
     " --speculative --gamma --min-probability --adaptive"
 )
 OPENING = "--threads --context --dtype --kv-dtype --mlock --no-mmap --load"
@@ -19,8 +19,8 @@ SURFACE = {
     " --against --turns --tokens --no-mmap --load -o --output --plot --json",
     "bench crossover": "--threads --again -o --output --json",
     "bench decode": "--shape --model --dtype --mlp-density --input-density --threads --context --against"
-    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --no-mmap"
-    " --load -o --output --plot --json",
+    " --turns --tokens --reuse --reuse-window --reuse-policy --window-union --predictor"
+    " --candidate-density --no-mmap --load -o --output --plot --json",
     "bench kernels": "--shape --dtype --threads --turns -o --output --json",
     "bench measure": "--model --shape --stage --windows --window --batch-size --device --turns -o --output"
     " --json",
@@ -55,6 +55,8 @@ SURFACE = {
     " --warm-up --max-windows --dtype --threads --tokens --turns --control -o --output --plot"
     " --json",
     "pack": "model -o --output --dtype --for --text --lora --lora-scale --json",
+    "predictor": "model -o --output --text --test --rank --kind --recall --weighted --window --max-windows"
+    " --rounds --learning-rate --seed --json",
     "pretrain": "-o --output --config --data --activation --tokenizer --train-tokenizer --steps --batch-size"
     " --window --learning-rate --optimizer --schedule --penalty-target --seed --set --resume --log"
     " --tensorboard --shard --dtype --json",

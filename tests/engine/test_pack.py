@@ -165,7 +165,6 @@ def test_wide_rows_take_the_bits_that_the_type_promises(make_checkpoint, tmp_pat
     [
         ({"dtype": "int5"}, "int5.*did you mean 'int"),
         ({"for_": "reuse"}, "neurons have no zeros: relufy it first"),
-        ({"for_": "predicted"}, "no mode 'predicted' yet"),
         ({"for_": "exakt"}, "did you mean 'exact'"),
     ],
     ids=str,

@@ -17,6 +17,7 @@ from relufy.bench.llama_cpp import LlamaCpp
 from relufy.bench.probe import read_bandwidth
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.generation_stats import combined
+from relufy.engine.prediction import prediction_stats
 from relufy.engine.reuse import Reuse, reuse_stats
 
 SPARE_POSITIONS = 64
@@ -37,7 +38,9 @@ class EngineContender:
         load: bool = False,
         sequences: int = 1,
         reuse: dict[str, Any] | None = None,
+        predictor: bool = False,
     ):
+        self._predictor = predictor
         self._reuse = None if reuse is None else Reuse(**reuse)
         context = sequences * (positions + SPARE_POSITIONS)
         self._engine = CpuEngine(path, threads, context, kv_dtype=kv_dtype, load=load)
@@ -46,8 +49,11 @@ class EngineContender:
     def read(self, prompts: list[list[int]]) -> None:
         """Give each of the first sequences its prompt."""
         for place, prompt in enumerate(prompts):
-            if self._reuse:
+            if self._reuse or self._predictor:
                 self._engine.free(self._sequences[place])
+            if self._predictor:
+                self._sequences[place] = self._engine.new_predicted_sequence(len(prompt))
+            if self._reuse:
                 self._sequences[place] = self._engine.new_sequence(len(prompt), self._reuse)
             self._engine.step([(self._sequences[place], prompt)], "none")
 
@@ -105,6 +111,9 @@ class EngineContender:
         if self._reuse:
             width = int(self._engine.header.numbers["intermediate_size"])
             turn["reuse"] = asdict(reuse_stats(combined(after, before, -1), width))
+        if self._predictor:
+            counts = combined(after, before, -1)
+            turn["predictor"] = asdict(prediction_stats(counts, self._engine.header))
         if steps:
             turn |= {"steps": steps, "union_density": self._engine.union_density(before, after, steps)}
         return turn

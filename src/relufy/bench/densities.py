@@ -24,18 +24,27 @@ class Densities:
     """The shares that stay: of the MLP's neurons, and of the inputs of q k v, o and gate (None: all).
 
     With `union`, only that share of each layer's neurons is ever active, drawn at random: what a real model's
-    tokens need together, however many of them.
+    tokens need together, however many of them. With `candidates`, that share of the neurons is named by a
+    random predictor of a rank, and those that are active are among them, as if it missed none.
     """
 
     neurons: float
     inputs: float | None = None
     union: float | None = None
+    candidates: float | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         named = {"--mlp-density": self.neurons, "--input-density": self.inputs, "--window-union": self.union}
+        named["--candidate-density"] = self.candidates
         for name, value in named.items():
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name} must be above 0 and at most 1, found {value:g}")
+        if self.candidates is not None and self.candidates < self.neurons:
+            raise UserError(
+                f"--candidate-density {self.candidates:g} is below --mlp-density {self.neurons:g}: active "
+                "neurons are among the candidates"
+            )
         if self.union is not None and self.union <= 2 * self.neurons:
             raise UserError(
                 f"--window-union must be more than twice --mlp-density {self.neurons:g}, for half of all "
@@ -45,7 +54,16 @@ class Densities:
     def label(self) -> str:
         inputs = "" if self.inputs is None else f"-input{self.inputs:g}"
         union = "" if self.union is None else f"-union{self.union:g}"
-        return f"mlp{self.neurons:g}{inputs}{union}"
+        candidates = "" if self.candidates is None else f"-candidates{self.candidates:g}-rank{self.rank}"
+        return f"mlp{self.neurons:g}{inputs}{union}{candidates}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Sparsifiers, layer by layer, and the threshold of each layer's predictor, if there is one."""
+
+    sparsifiers: list[Sparsifier]
+    predictor_thresholds: list[float]
 
 
 def find_sparsifiers(
@@ -55,19 +73,20 @@ def find_sparsifiers(
     context: int,
     seed: int,
     progress: Callable[[str, int, int], None],
-) -> list[Sparsifier]:
+) -> Found:
     """Return sparsifiers, layer by layer, that give a dense Llama the densities at a context."""
     spec = decoder_spec(config)
     num_tokens = max(context, NUM_MEASURED // 2) + NUM_MEASURED // 2
     tokens = np.random.default_rng([seed, 0]).integers(0, spec.vocab_size, num_tokens)
     hidden = weights.read("model.embed_tokens.weight")[tokens]
-    sparsifiers: list[Sparsifier] = []
+    found = Found([], [])
     for index in range(spec.num_layers):
         layer = _Layer(weights, spec, index, densities)
         hidden = layer.forward(hidden)
-        sparsifiers += layer.sparsifiers
+        found.sparsifiers.extend(layer.sparsifiers)
+        found.predictor_thresholds.extend(layer.predictor_thresholds)
         progress("setting thresholds", index + 1, spec.num_layers)
-    return sparsifiers
+    return found
 
 
 class _Layer:
@@ -76,13 +95,15 @@ class _Layer:
     def __init__(self, weights: SafetensorsFolder, spec: DecoderSpec, index: int, densities: Densities):
         self._weights, self._spec, self._index, self._densities = weights, spec, index, densities
         self.sparsifiers: list[Sparsifier] = []
+        self.predictor_thresholds: list[float] = []
 
     def forward(self, hidden: np.ndarray) -> np.ndarray:
         x = self._masked(self._norm(hidden, "input_layernorm"), ("q", "k", "v"))
         attended = self._masked(self._attention(x), ("o",))
         hidden = hidden + self._linear(attended, "self_attn.o_proj")
         x = self._norm(hidden, "post_attention_layernorm")
-        gates = self._neurons(self._linear(self._masked(x, ("gate",)), "mlp.gate_proj"))
+        masked = self._masked(x, ("gate",))
+        gates = self._neurons(self._linear(masked, "mlp.gate_proj"), self._candidates(masked))
         return hidden + self._linear(gates * self._linear(x, "mlp.up_proj"), "mlp.down_proj")
 
     def _masked(self, x: np.ndarray, sites: tuple[str, ...]) -> np.ndarray:
@@ -93,10 +114,25 @@ class _Layer:
         self.sparsifiers.append(Sparsifier(sites, "threshold", threshold=threshold, layers=(self._index,)))
         return np.where(np.abs(x) >= np.float32(threshold), x, np.float32(0))
 
-    def _neurons(self, gates: np.ndarray) -> np.ndarray:
-        shift = _cut(gates, self._densities.neurons)
+    def _candidates(self, x: np.ndarray) -> np.ndarray | None:
+        """Return which neurons the predictor names, bools `[tokens, neurons]`; None without one."""
+        density = self._densities.candidates
+        if density is None:
+            return None
+        inner, outer = (self._read_of_predictor(name) for name in ("inner", "outer"))
+        scores = x @ inner.T @ outer.T
+        threshold = _cut(scores, density)
+        self.predictor_thresholds.append(threshold)
+        return scores >= np.float32(threshold)
+
+    def _neurons(self, gates: np.ndarray, candidates: np.ndarray | None) -> np.ndarray:
+        """Return the activations; where there are candidates, so many of them are active that the share of
+        all neurons is as wanted."""
+        share = self._densities.neurons / (self._densities.candidates or 1.0)
+        shift = _cut(gates, share)
         self.sparsifiers.append(Sparsifier(("neuron",), "relu", shift=shift, layers=(self._index,)))
-        return np.maximum(gates - np.float32(shift), 0)
+        activated = np.maximum(gates - np.float32(shift), 0)
+        return activated if candidates is None else np.where(candidates, activated, np.float32(0))
 
     def _attention(self, x: np.ndarray) -> np.ndarray:
         spec, count = self._spec, len(x)
@@ -120,6 +156,9 @@ class _Layer:
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         scale = np.sqrt((x**2).mean(-1, keepdims=True) + np.float32(self._spec.norm_eps))
         return x / scale * self._read(name)
+
+    def _read_of_predictor(self, name: str) -> np.ndarray:
+        return self._weights.read(f"model.layers.{self._index}.mlp.gate_proj.predictor.{name}")
 
     def _read(self, name: str) -> np.ndarray:
         return self._weights.read(f"model.layers.{self._index}.{name}.weight")

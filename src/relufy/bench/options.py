@@ -10,6 +10,7 @@ from relufy.engine.reuse import Reuse
 from relufy.engine.speculation import Speculation
 from relufy.errors import UserError
 
+OF_SHAPES = ("mlp_density", "input_density", "window_union", "candidate_density")
 AGAINST = ("llama.cpp", "none")
 
 
@@ -37,9 +38,7 @@ class BenchOptions:
             raise UserError("give either --shape or --model, one of the two")
         if self.shape is not None:
             find_shape(self.shape)
-        elif any(
-            getattr(self, name, None) is not None for name in ("mlp_density", "input_density", "window_union")
-        ):
+        elif any(getattr(self, name, None) is not None for name in OF_SHAPES):
             raise UserError("densities are for --shape; the zeros of --model are its own")
         if self.dtype not in MATCHING:
             raise UserError(f"--dtype must be one of {', '.join(MATCHING)}, found {self.dtype!r}")
@@ -101,6 +100,22 @@ class DecodeOptions(BenchOptions):
     tokens: int = 32
     reuse: Reuse | None = None
     window_union: float | None = None
+    predictor: int | None = None
+    """The rank of a shape's random predictor; 0 is a model's own."""
+    candidate_density: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.predictor is not None and (self.predictor == 0) != (self.model is not None):
+            raise UserError("--predictor is rank=N for --shape, and on for --model, which has its own")
+        if self.candidate_density is not None and not self.predictor:
+            raise UserError("--candidate-density is for --shape with --predictor rank=N")
+        if self.predictor is not None and (self.reuse is not None or self.window_union is not None):
+            raise UserError("a predictor and reuse decide on the same neurons; choose one of the two")
+
+    @property
+    def pack_for(self) -> str:
+        return "predictor" if self.predictor is not None else super().pack_for
 
     @property
     def positions(self) -> int:
@@ -108,13 +123,24 @@ class DecodeOptions(BenchOptions):
 
     @property
     def densities(self) -> Densities:
-        return replace(super().densities, union=self.window_union)
+        if not self.predictor:
+            return replace(super().densities, union=self.window_union)
+        density = 0.15 if self.candidate_density is None else self.candidate_density
+        return replace(super().densities, candidates=density, rank=self.predictor)
 
     @property
     def label(self) -> str:
         union = "" if self.window_union is None else f", union {self.window_union:g}"
         reuse = "" if self.reuse is None else f", reuse: {self.reuse.label()}"
-        return super().label + union + reuse
+        return super().label + union + reuse + self._prediction
+
+    @property
+    def _prediction(self) -> str:
+        if self.predictor is None:
+            return ""
+        densities, rank = self.densities, f" of rank {self.predictor}" * bool(self.predictor)
+        candidates = "" if densities.candidates is None else f", candidates {densities.candidates:g}"
+        return f", predictor{rank}{candidates}"
 
     @property
     def density_context(self) -> int:

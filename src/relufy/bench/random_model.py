@@ -6,13 +6,13 @@ weights takes the disk of the packed file and the memory of one tensor.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relufy.activation_sparsity import BLOCK_KEY, RELUFY_ACT, ActivationSparsity
+from relufy.activation_sparsity import BLOCK_KEY, RELUFY_ACT, ActivationSparsity, Predictor
 from relufy.bench.densities import Densities, find_sparsifiers
 from relufy.bench.shapes import Shape, find_shape
 from relufy.engine.quantize import rounded_to_bfloat16
@@ -38,11 +38,20 @@ class RandomWeights(SafetensorsFolder):
 
     All are uniform. Matrices have variance 1 / inputs, the embedding 1; norms are 1 +- 0.1. `folder` holds
     their config.json. With `union`, only that share of each layer's gates, drawn at random, is not zero.
+    With a `rank`, each layer has a predictor; `thresholds` are those of its scores, by layer.
     """
 
-    def __init__(self, folder: Path, shape: Shape, seed: int, union: float | None = None):
-        self.folder, self._union = folder, union
-        self._shapes, self._seed = shape.tensors(), seed
+    def __init__(
+        self,
+        folder: Path,
+        shape: Shape,
+        seed: int,
+        union: float | None = None,
+        rank: int = 0,
+        thresholds: Sequence[float] = (),
+    ):
+        self.folder, self._union, self._thresholds = folder, union, thresholds
+        self._shapes, self._seed = shape.tensors() | _predictor_tensors(shape, rank), seed
         self._places = {name: place for place, name in enumerate(self._shapes)}
 
     def __contains__(self, name: str) -> bool:
@@ -56,6 +65,8 @@ class RandomWeights(SafetensorsFolder):
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor, the same each time."""
+        if name.endswith("predictor.threshold"):
+            return np.full(self._shapes[name], self._thresholds[int(name.split(".")[2])], np.float32)
         size, random = self._shapes[name], np.random.default_rng([self._seed, self._places[name]])
         middle, deviation = (1, 0.1) if len(size) == 1 else (0, 1 if "embed" in name else size[1] ** -0.5)
         values = np.empty(size, np.float32)
@@ -73,12 +84,27 @@ class RandomWeights(SafetensorsFolder):
         return values
 
 
+def _predictor_tensors(shape: Shape, rank: int) -> dict[str, tuple[int, ...]]:
+    sizes: dict[str, tuple[int, ...]] = {
+        "inner": (rank, shape.hidden_size),
+        "outer": (shape.intermediate_size, rank),
+    }
+    sizes["threshold"] = (shape.intermediate_size,)
+    layers = range(shape.num_layers) if rank else ()
+    return {
+        f"model.layers.{index}.mlp.gate_proj.predictor.{name}": size
+        for index in layers
+        for name, size in sizes.items()
+    }
+
+
 def open_weights(folder: Path) -> SafetensorsFolder:
     """Return the weights of a checkpoint, or those that its config.json says to draw."""
     random = read_config(folder).get(RANDOM)
     if random is None:
         return SafetensorsFolder(folder)
-    return RandomWeights(folder, find_shape(random["shape"]), int(random["seed"]), random.get("union"))
+    own = {name: random[name] for name in ("union", "rank", "thresholds") if name in random}
+    return RandomWeights(folder, find_shape(random["shape"]), int(random["seed"]), **own)
 
 
 def bench_folder() -> Path:
@@ -97,12 +123,15 @@ def sparse_model(shape: Shape, densities: Densities, context: int, seed: int, pr
     folder = bench_folder() / f"{shape.name}-random{seed}-{densities.label()}-context{context}"
     if folder.is_dir():
         return folder
-    weights = RandomWeights(folder, shape, seed, densities.union)
-    sparsifiers = find_sparsifiers(weights, shape.config(), densities, context, seed, progress)
-    return _model_folder(
-        folder.name,
-        _config(shape, seed, densities.union) | sparse_settings(ActivationSparsity(tuple(sparsifiers))),
-    )
+    weights = RandomWeights(folder, shape, seed, densities.union, densities.rank)
+    found = find_sparsifiers(weights, shape.config(), densities, context, seed, progress)
+    own, predictor = {}, None
+    if densities.rank:
+        own = {"rank": densities.rank, "thresholds": found.predictor_thresholds}
+        predictor = Predictor("random", densities.rank, recall=1.0, dense_first_tokens=0)
+    sparsity = ActivationSparsity(tuple(found.sparsifiers), predictor=predictor)
+    config = _config(shape, seed, densities.union, **own) | sparse_settings(sparsity)
+    return _model_folder(folder.name, config)
 
 
 def sparse_settings(sparsity: ActivationSparsity) -> dict[str, Any]:
@@ -110,8 +139,8 @@ def sparse_settings(sparsity: ActivationSparsity) -> dict[str, Any]:
     return {"hidden_act": RELUFY_ACT, BLOCK_KEY: sparsity.to_block(), "quantization_config": POINTER}
 
 
-def _config(shape: Shape, seed: int, union: float | None = None) -> dict[str, Any]:
-    own = {} if union is None else {"union": union}
+def _config(shape: Shape, seed: int, union: float | None = None, **own: Any) -> dict[str, Any]:
+    own |= {} if union is None else {"union": union}
     return shape.config() | {RANDOM: {"shape": shape.name, "seed": seed} | own}
 
 

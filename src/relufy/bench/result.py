@@ -32,6 +32,7 @@ def summarize(turns: Turns) -> dict[str, Any]:
     return (
         speeds
         | reuse_figures(counted)
+        | predictor_figures(counted)
         | {
             "bound_vs_dense": bound,
             "fraction_of_bound": speeds["speedup_vs_dense"] / bound,
@@ -43,6 +44,14 @@ def summarize(turns: Turns) -> dict[str, Any]:
             "dense_fraction_of_machine": dense_gb_per_second / machine if machine else None,
             "density": mean_density(counted[SPARSE]),
         }
+    )
+
+
+def predictor_figures(turns: Turns) -> dict[str, Any]:
+    """Return what the predictor named of the neurons, and what of it was active; nothing without one."""
+    rows = [turn["predictor"] for turn in turns[SPARSE] if "predictor" in turn]
+    return (
+        {"predictor": {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}} if rows else {}
     )
 
 

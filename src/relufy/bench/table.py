@@ -37,6 +37,7 @@ def show_decode(found: Found) -> Shown:
     facts = [
         ("bound by bytes", f"{bound:.2f}x own dense, {reached:.3f} of it reached"),
         *_reuse(found),
+        *_predictor(found),
         *_ratios(found),
         *_checks(found),
         ("peak memory / (file + keys and values)", _ratio(found["peak_resident_share"])),
@@ -215,6 +216,14 @@ def _ratios(found: Found) -> list[tuple[str, str]]:
         ("own dense x llama.cpp", _ratio(found["dense_speedup_vs_llama_cpp"])),
         ("density", _sites(found["density"])),
     ]
+
+
+def _predictor(found: Found) -> list[tuple[str, str]]:
+    if "predictor" not in found:
+        return []
+    figures = found["predictor"]
+    words = f"{figures['candidate_share']:.3f} of the neurons candidates, {figures['fired_share']:.3f} active"
+    return [("predictor, not exact", words)]
 
 
 def _reuse(found: Found) -> list[tuple[str, str]]:

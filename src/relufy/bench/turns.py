@@ -54,6 +54,8 @@ def contenders(
         named = {SPARSE: files.sparse, DENSE: files.dense} | ({EXACT: files.sparse} if reuse else {})
         for name, path in named.items():
             own = {"path": str(path), "kv_dtype": KV_DTYPE, "load": options.load}
+            if name == SPARSE and getattr(options, "predictor", None) is not None:
+                own["predictor"] = True
             own |= {"reuse": reuse.document()} if reuse and name == SPARSE else {}
             workers[name] = start("contenders:EngineContender", **own, **shared)
         for kind, path in files.llama_cpp.items():

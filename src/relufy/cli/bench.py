@@ -66,6 +66,17 @@ def decode(
         float | None,
         typer.Option("--window-union", help="Share of a shape's neurons that is ever active; default: all."),
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(metavar="rank=N|on", help="Skip gates: a shape's random predictor, or a model's own."),
+    ] = None,
+    candidate_density: Annotated[
+        float | None,
+        typer.Option(
+            "--candidate-density",
+            help="Share of a shape's neurons that its predictor names, all active ones with them; 0.15.",
+        ),
+    ] = None,
     no_mmap: NoMmap = False,
     output: Output = None,
     plot: Plot = None,
@@ -89,6 +100,8 @@ def decode(
         load=no_mmap,
         reuse=parse_reuse(reuse, reuse_window, reuse_policy),
         window_union=window_union,
+        predictor=rank_of(predictor),
+        candidate_density=candidate_density,
     )
     run(partial(bench_decode, options), output, plot, json)
 
@@ -276,6 +289,16 @@ def plot(
     refuse_outputs(plot=plot)
     plot_results(read_results(results), plot)
     result(str(plot))
+
+
+def rank_of(predictor: str | None) -> int | None:
+    """Return N of `rank=N`, 0 for `on`. Raises UserError for anything else."""
+    if predictor in (None, "on"):
+        return None if predictor is None else 0
+    name, _, rank = predictor.partition("=")
+    if name != "rank" or not rank.isdecimal() or int(rank) < 1:
+        raise UserError(f"--predictor takes rank=N, or on, found {predictor!r}")
+    return int(rank)
 
 
 def numbers(text: str, option: str = "--batch") -> tuple[int, ...]:

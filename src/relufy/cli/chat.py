@@ -20,6 +20,7 @@ from relufy.cli.options import (
     ModelOrFile,
     NoMmap,
     Policy,
+    PredictorMode,
     PresencePenalty,
     RepetitionPenalty,
     ReusePeriod,
@@ -33,6 +34,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_predictor,
     parse_reuse,
     parse_speculation,
 )
@@ -65,6 +67,7 @@ def command(
     reuse: ReusePeriod = None,
     reuse_window: ReuseWindow = None,
     reuse_policy: ReusePolicyName = None,
+    predictor: PredictorMode = None,
     speculative: Speculative = None,
     gamma: Gamma = None,
     min_probability: MinProbability = None,
@@ -109,6 +112,7 @@ def command(
         mlock=mlock,
         reuse=parse_reuse(reuse, reuse_window, reuse_policy),
         for_reuse=speculation is not None and speculation.is_self,
+        predictor=parse_predictor(predictor),
     )
     options: Any = engine.recommended_options() | {k: v for k, v in given.items() if v is not None}
     conversation = Conversation(engine, source, system, max_new_tokens, options)

@@ -22,6 +22,7 @@ from relufy.cli.options import (
     ModelOrFile,
     NoMmap,
     Policy,
+    PredictorMode,
     PresencePenalty,
     RepetitionPenalty,
     ReusePeriod,
@@ -35,6 +36,7 @@ from relufy.cli.options import (
     TopK,
     TopP,
     parse_logit_bias,
+    parse_predictor,
     parse_reuse,
     parse_speculation,
 )
@@ -68,6 +70,7 @@ def command(
     reuse: ReusePeriod = None,
     reuse_window: ReuseWindow = None,
     reuse_policy: ReusePolicyName = None,
+    predictor: PredictorMode = None,
     speculative: Speculative = None,
     gamma: Gamma = None,
     min_probability: MinProbability = None,
@@ -113,6 +116,7 @@ def command(
         mlock=mlock,
         reuse=parse_reuse(reuse, reuse_window, reuse_policy),
         for_reuse=speculation is not None and speculation.is_self,
+        predictor=parse_predictor(predictor),
     )
     generation = engine.generate(prompt, max_new_tokens, **options)
     if not quiet:
@@ -167,11 +171,12 @@ def stats_line(stats: "GenerationStats", engine: "Engine") -> str:
     forgotten = f"; {stats.dropped_tokens} tokens of the prompt did not fit" * (stats.dropped_tokens > 0)
     forgotten += f"; the context slid {stats.num_slides} times" * (stats.num_slides > 0)
     reused = f" ({stats.reused_tokens} of them still in the cache)" * (stats.reused_tokens > 0)
-    reuse = f"; {stats.reuse.summary()}" if stats.reuse else ""
+    limits = [found.summary() for found in (stats.reuse, stats.prediction) if found]
+    limited = "".join(f"; {summary}" for summary in limits)
     speculated = f"; {stats.speculation.summary()}" if stats.speculation else ""
     return (
         f"prompt {stats.prompt_tokens} tokens{reused} at {stats.prefill_tokens_per_second:.0f} tokens/s, "
         f"then {stats.new_tokens} at {stats.decode_tokens_per_second:.0f} tokens/s; "
         f"{stats.weight_bytes_per_token / 1e6:.2f} MB of weights a token, {stats.gb_per_second:.1f} GB/s, "
-        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{reuse}{forgotten}"
+        f"{engine.header.bits_per_weight():.2f} bits a weight{speculated}{limited}{forgotten}"
     )

@@ -112,6 +112,14 @@ ReusePolicyName = Annotated[
     str | None,
     typer.Option("--reuse-policy", help="Which neurons: window (the default), prompt, blocks or adaptive."),
 ]
+PredictorMode = Annotated[
+    str | None,
+    typer.Option(
+        "--predictor",
+        metavar="on|off",
+        help="on: tokens compute only the neurons that the model's predictor names; not exact.",
+    ),
+]
 Speculative = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +143,13 @@ MinProbability = Annotated[
 Adaptive = Annotated[
     bool, typer.Option("--adaptive", help="Propose fewer tokens after a rejection, more after none.")
 ]
+
+
+def parse_predictor(mode: str | None) -> bool:
+    """Tell whether the model's predictor is to be used. Raises UserError for anything but on and off."""
+    if mode not in (None, "on", "off"):
+        raise UserError(f"--predictor is on or off, found {mode!r}: a checkpoint has one predictor, its own")
+    return mode == "on"
 
 
 def parse_reuse(period: int | None, window: int | None, policy: str | None) -> "Reuse | None":

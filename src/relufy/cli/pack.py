@@ -22,7 +22,10 @@ def command(
     ] = "f32",
     for_: Annotated[
         str,
-        typer.Option("--for", help="exact: zeros are skipped. reuse: and gates can be. dense: nothing is."),
+        typer.Option(
+            "--for",
+            help="exact: zeros are skipped. reuse, predictor: and gates can be. dense: nothing is.",
+        ),
     ] = "exact",
     text: Annotated[
         list[Path] | None,

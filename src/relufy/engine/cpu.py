@@ -156,6 +156,22 @@ class CpuEngine:
         if reason := self._engine.refuses_candidates():
             raise UserError(f"the neurons of this file can't be reused: {reason}")
 
+    def new_predicted_sequence(self, prompt_length: int = 0, num_open: int | None = None) -> int:
+        """Return an empty sequence whose tokens compute only the neurons that the file's predictor names.
+
+        The first `num_open`, by default the prompt, compute all of them. Raises UserError if the file has no
+        predictor.
+        """
+        check_whole("prompt_length", prompt_length, 0, MAX_CONTEXT)
+        num_open = prompt_length if num_open is None else num_open
+        check_whole("num_open", num_open, 0, MAX_CONTEXT)
+        return self.checked(self._engine.new_predicted_sequence, int(prompt_length), int(num_open))
+
+    def check_predictor(self) -> None:
+        """Raise UserError, with the reason, if the file's neurons can't be predicted."""
+        if reason := self._engine.refuses_prediction():
+            raise UserError(f"the neurons of this file can't be predicted: {reason}")
+
     def reuse_prefix(self, sequence: int, tokens: Sequence[int]) -> int:
         """Fill an empty sequence with the first of `tokens` that the KV cache holds; return how many.
 

@@ -31,8 +31,9 @@ class Engine(CpuEngine):
     `model` is a packed file, a checkpoint folder, "bundled" or a hub id; `dtype` is the type of the weights
     that a checkpoint is packed in ("f32", "bf16", "int8", "int4"). `reuse`, if generations are not told
     otherwise, lets their tokens reuse neurons; `for_reuse` packs a checkpoint so that they could, which a
-    model that drafts for itself needs. See CpuEngine for the other arguments and the interface by tokens.
-    Raises UserError if it can't be run.
+    model that drafts for itself needs. `predictor` likewise lets tokens compute only the neurons that the
+    model's predictor names (`relufy predictor` makes one). See CpuEngine for the other arguments and the
+    interface by tokens. Raises UserError if it can't be run.
     """
 
     def __init__(
@@ -48,17 +49,22 @@ class Engine(CpuEngine):
         threads_of: CpuEngine | None = None,
         reuse: Reuse | int | None = None,
         for_reuse: bool = False,
+        predictor: bool = False,
     ):
         path = Path(model)
         if is_packed_file(path):
             if dtype is not None:
                 raise UserError(f"{path} is packed already; dtype is for a checkpoint")
         else:
-            path = packed_model(model, dtype or "f32", for_=purpose_of(model, for_reuse or reuse is not None))
+            for_ = "predictor" if predictor else purpose_of(model, for_reuse or reuse is not None)
+            path = packed_model(model, dtype or "f32", for_=for_)
         super().__init__(path, threads, context, skip, kv_dtype, load, mlock, threads_of)
         self.reuse = None if reuse is None else as_reuse(reuse)
         if self.reuse:
             self.check_reuse()
+        self.predictor = predictor
+        if predictor:
+            self.check_predictor()
         self._dtype = dtype
         self._drafts: dict[str, CpuEngine] = {}
         self._tokenizer: ModelTokenizer | None = None
@@ -119,6 +125,9 @@ class Engine(CpuEngine):
         request = replace(request, reuse=request.reuse or self.reuse)
         if request.reuse:
             self.check_reuse()
+        request = replace(request, predictor=request.predictor or self.predictor)
+        if request.predictor:
+            self.check_predictor()
         return Generation(self, self.tokenizer, request, self.speculator(request.speculation))
 
     def speculator(self, speculation: Speculation | None) -> Speculator | None:

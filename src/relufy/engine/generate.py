@@ -113,6 +113,7 @@ class Generation:
             slide_seconds=clock.seconds["slide"],
             reuse=clock.reuse() if self.request.reuse else None,
             speculation=speculation,
+            prediction=clock.prediction() if self.request.predictor else None,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from relufy.engine.cpu import CpuEngine
+from relufy.engine.prediction import PredictionStats, prediction_stats
 from relufy.engine.reuse import ReuseStats, reuse_stats
 from relufy.engine.speculation import SpeculationStats
 
@@ -48,6 +49,7 @@ class GenerationStats:
     slide_seconds: float = 0.0
     reuse: ReuseStats | None = None
     speculation: SpeculationStats | None = None
+    prediction: PredictionStats | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -102,6 +104,10 @@ class Clock:
     def reuse(self) -> ReuseStats:
         """Return what reuse did to the decoded tokens."""
         return reuse_stats(self.decoded, int(self._engine.header.numbers["intermediate_size"]))
+
+    def prediction(self) -> PredictionStats:
+        """Return what the predictor did to the decoded tokens."""
+        return prediction_stats(self.decoded, self._engine.header)
 
     def sparsity(self) -> dict[str, list[float]]:
         return self._engine.sparsity(self._zero, self.decoded) if self.decoded["tokens"] else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from relufy.engine import naive_attention, naive_masks
+from relufy.engine.naive_predictor import NaivePrediction
 from relufy.engine.naive_products import multiply, multiply_by_input
 from relufy.engine.naive_reuse import NaiveReuse, opens_by_period
 from relufy.engine.packed_numbers import rope_tensor
@@ -57,10 +58,23 @@ class NaiveDecoder:
         self._tensors = PackedTensors(path)
         self._numbers = self._tensors.header.numbers
         self._emulate = emulate
+        self._prediction: NaivePrediction | None = None
 
     def logits(self, tokens: Sequence[int], prompt_length: int = 0) -> np.ndarray:
         """Return float64 logits `[tokens, vocab]`; the first `prompt_length` tokens are the prompt."""
         return self.run(tokens, prompt_length).logits
+
+    def run_predicted(
+        self, tokens: Sequence[int], prompt_length: int = 0, num_open: int | None = None
+    ) -> tuple[NaiveResult, NaivePrediction]:
+        """Return what prediction gives after `num_open` tokens, by default the prompt, and its candidates."""
+        num_open = prompt_length if num_open is None else num_open
+        found = NaivePrediction(max(num_open, int(self.number("predictor_dense_first"))))
+        self._prediction = found
+        try:
+            return self.run(tokens, prompt_length), found
+        finally:
+            self._prediction = None
 
     def run_reusing(
         self, tokens: Sequence[int], reuse: Reuse, prompt_length: int = 0, num_open: int | None = None
@@ -83,7 +97,8 @@ class NaiveDecoder:
         if self._numbers["position_kind"] == 1:
             hidden = hidden + self._embedding("position_embedding", np.arange(len(tokens)))
         for layer in range(self._whole("num_layers")):
-            block, prefix = _Layer(self, layer, prompt_length, margins, reuse), f"layers.{layer}."
+            prediction = self._prediction if f"layers.{layer}.predictor_in" in self._tensors else None
+            block, prefix = _Layer(self, layer, prompt_length, margins, reuse, prediction), f"layers.{layer}."
             before = hidden
             attended = block.attention(self.norm(hidden, prefix + "attention_norm"))
             hidden = hidden + self.norm(attended, prefix + "attention_output_norm")
@@ -140,9 +155,10 @@ class _Layer:
         prompt_length: int,
         margins: np.ndarray,
         reuse: NaiveReuse | None,
+        prediction: NaivePrediction | None,
     ):
         self._decoder, self._prefix, self._prompt_length = decoder, f"layers.{index}.", prompt_length
-        self._margins, self._reuse, self._index = margins, reuse, index
+        self._margins, self._reuse, self._prediction, self._index = margins, reuse, prediction, index
 
     def attention(self, x: np.ndarray) -> np.ndarray:
         heads, kv_heads, width = (
@@ -179,12 +195,23 @@ class _Layer:
         is_gated = self._number("gated") == 1
         neurons = self._activate(self._project("gate" if is_gated else "up", x))
         neurons, _ = self._mask("neuron", neurons)
+        if self._prediction is not None:
+            neurons = self._predicted(neurons, self._mask("gate" if is_gated else "up", x)[0])
         if is_gated:
             up = self._project("up", x)
             neurons = neurons * (np.maximum(up, 0) if self._number("up_relu") else up)
         if self._reuse:
             neurons = self._reuse.limit(self._index, neurons, lambda a: self._mask("down", a)[0])
         return self._project("down", neurons, int(self._decoder.number("neurons_per_partition")))
+
+    def _predicted(self, neurons: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return what the predictor lets through of the neurons, given the first matrix's masked input."""
+        assert self._prediction is not None
+        name = self._prefix + "predictor_"
+        scores = self._decoder.product(name + "out", self._decoder.product(name + "in", x))
+        thresholds = np.asarray(self._decoder.vector(name + "threshold"))
+        self._lower_margins(self._prediction.margins(scores, thresholds))
+        return self._prediction.limit(self._index, neurons, scores, thresholds)
 
     def _activate(self, z: np.ndarray) -> np.ndarray:
         z = z - self._number("shift")

@@ -3,7 +3,7 @@
 The layout follows what can be skipped. Rows of weights are stored side by side by output where all are read
 or rows are skipped; by input where the input has zeros; and `[up_i | down_i]` by neuron where neurons of a
 gated MLP are skipped. What decides on the neurons is stored by output if they may be limited to candidates
-(`for_="reuse"`), although its input has zeros: its rows are then what is skipped.
+(`for_="reuse"`, `for_="predictor"`), although its input has zeros: its rows are then what is skipped.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from relufy.activation_sparsity import read_activation_sparsity
+from relufy.engine.layer_spec import LayerSpec
 from relufy.engine.lora import MergedWeights, merged_weights
 from relufy.engine.lora_adapter import LoraAdapter, open_adapters, side_files
 from relufy.engine.packed_file import METADATA
@@ -36,10 +37,11 @@ from relufy.schema import suggest
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """Small files of a checkpoint that travel in the packed file."""
 
-PURPOSES = ("exact", "reuse", "dense")
+PURPOSES = ("exact", "reuse", "predictor", "dense")
 """What a file can be packed for: skipping what zeros make unnecessary; also limiting a token's neurons to
 candidates; or reading every weight."""
-LATER = ("predicted",)
+WITH_CANDIDATES = ("reuse", "predictor")
+"""The purposes whose modes limit a token's neurons to candidates."""
 
 VECTOR_NAMES = {"threshold": "thresholds", "weight": "weight", "centre": "centre"}
 """The packed file's names for a mask's tensors."""
@@ -73,6 +75,8 @@ def pack(
     spec, adapters = decoder_spec(config), open_adapters(lora, lora_scale)
     if for_ == "reuse":
         check_candidates(spec)
+    if for_ == "predictor":
+        check_predictor(spec)
     if weights is not None and adapters:
         raise ValueError("weights are packed as they are; lora is for a folder's own")
     tensors = weights if weights is not None else merged_weights(folder, spec, adapters)
@@ -83,7 +87,7 @@ def pack(
     blobs[METADATA] = json.dumps(_metadata(folder, config, adapters) | {"dtype": dtype, "for": for_}).encode()
     steps = list(packer.steps())
     num_tensors = len(blobs) + sum(step.num_tensors for step in steps)
-    with PackedFileWriter(Path(output), numbers(packer.spec), num_tensors) as writer:
+    with PackedFileWriter(Path(output), numbers(packer.spec, for_ == "predictor"), num_tensors) as writer:
         for name, content in blobs.items():
             writer.add_blob(name, content)
         for done, step in enumerate(steps, 1):
@@ -99,8 +103,6 @@ def check_choice(dtype: str, for_: str) -> None:
     """Raise UserError for a type of weights or a purpose that there is not."""
     if dtype not in DTYPES:
         raise UserError(f"weights can't be packed as {dtype!r}{suggest(dtype, list(DTYPES))}")
-    if for_ in LATER:
-        raise UserError(f"the engine has no mode {for_!r} yet; pack for {' or '.join(PURPOSES)}")
     if for_ not in PURPOSES:
         raise UserError(f"a model can't be packed for {for_!r}{suggest(for_, list(PURPOSES))}")
 
@@ -131,7 +133,28 @@ def is_by_input(spec: DecoderSpec, layer: int, name: str, for_: str) -> bool:
     found = spec.layers[layer]
     is_neuron = name == "down" and not spec.family.is_gated and found.has_sparse_neurons
     first = "gate" if spec.family.is_gated else "up"
-    return for_ != "dense" and (name in found.masks or is_neuron) and (for_, name) != ("reuse", first)
+    return (
+        for_ != "dense"
+        and (name in found.masks or is_neuron)
+        and not (name == first and _has_candidates(found, for_))
+    )
+
+
+def _has_candidates(layer: LayerSpec, for_: str) -> bool:
+    return for_ == "reuse" or (for_ == "predictor" and layer.predictor is not None)
+
+
+def check_predictor(spec: DecoderSpec) -> None:
+    """Raise UserError, with a reason, if a model has no predictor that the engine can run."""
+    if not any(layer.predictor for layer in spec.layers):
+        raise UserError("the model has no predictor; make one with `relufy predictor`")
+    for index, layer in enumerate(spec.layers):
+        corrected = [s for s in ("gate", "up", "down") if s in layer.masks and layer.masks[s].correction]
+        if layer.predictor and corrected:
+            raise UserError(
+                f"the engine can't run this predictor: the input of {corrected[0]} has a low-rank correction "
+                f"(layer {index})"
+            )
 
 
 def purpose_of(model: str | Path, has_candidates: bool) -> str:
@@ -186,6 +209,11 @@ class _Packer:
         """The type of low-rank corrections."""
         return "f32" if self.dtype == "f32" else "bf16"
 
+    @property
+    def predictor_dtype(self) -> str:
+        """The type of predictors: 4 bits would cost more candidates than they save."""
+        return "int8" if self.dtype in INTEGER else self.dtype
+
     def steps(self) -> Iterator[_Step]:
         yield self._table("embedding", self.wide_dtype)
         yield from self._positions()
@@ -220,6 +248,8 @@ class _Packer:
                 yield _Step(partial(self._write_bias, layer=layer, name=name))
         for site in self.spec.layers[layer].masks:
             yield from self._mask(layer, site)
+        if self.for_ == "predictor" and self.spec.layers[layer].predictor:
+            yield from self._predictor(layer)
 
     def _has_centre(self, layer: int, name: str) -> bool:
         mask = self.spec.layers[layer].masks.get(name)
@@ -264,6 +294,28 @@ class _Packer:
             for name in ("low_rank_in", "low_rank_out"):
                 read = partial(self.source.mask, layer, site, name)
                 yield self._rows(prefix + name, read, self.float_dtype)
+
+    def _predictor(self, layer: int) -> Iterator[_Step]:
+        prefix, is_integer = f"layers.{layer}.predictor_", self.predictor_dtype in INTEGER
+        first = "gate" if self.spec.family.is_gated else "up"
+        has_sparse_input = first in self.spec.layers[layer].masks
+
+        def write_inner(writer: PackedFileWriter) -> None:
+            add = writer.add_columns if has_sparse_input else writer.add_rows
+            add(prefix + "in", self.source.predictor(layer, "inner"), self.predictor_dtype)
+
+        yield _Step(write_inner, 1 + is_integer)
+        yield self._rows(prefix + "out", lambda: self.source.predictor(layer, "outer"), self.predictor_dtype)
+        yield _Step(partial(self._write_thresholds, layer=layer, first=first))
+
+    def _write_thresholds(self, writer: PackedFileWriter, layer: int, first: str) -> None:
+        """Write thresholds for an input less its centre c: those of the checkpoint less outer inner c."""
+        prefix, thresholds = f"layers.{layer}.predictor_", self.source.predictor(layer, "threshold")
+        if self._has_centre(layer, first):
+            centre = self.source.mask(layer, first, "centre").astype(np.float64)
+            reduced = writer.stored(prefix + "in").times(centre)
+            thresholds = thresholds - writer.stored(prefix + "out").times(reduced)
+        writer.add_vector(prefix + "threshold", thresholds)
 
     def _write_bias(self, writer: PackedFileWriter, layer: int, name: str) -> None:
         """Write a bias; an input's centre c is folded into it as W c, of the weights as they are stored."""

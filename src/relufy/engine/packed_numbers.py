@@ -11,22 +11,27 @@ NORMS = {"rms": 0, "layer": 1}
 POSITIONS = {"rotary": 0, "learned": 1, "alibi": 2}
 SELECT = {"relu": 1, "threshold": 2, "topk": 3}
 MAX_PARTITIONS = 16
+SET_WORD = 64
 
 SHARES = {"k": "q", "v": "q", "up": "gate"}
 """Sites whose mask may be that of another, which reads the same input."""
 
 
-def neurons_per_partition(intermediate_size: int) -> int:
-    """Return the size of the fixed groups in which the MLP's neurons are claimed and summed."""
-    return padded(-(-intermediate_size // MAX_PARTITIONS))
+def neurons_per_partition(intermediate_size: int, has_predictor: bool = False) -> int:
+    """Return the size of the fixed groups in which the MLP's neurons are claimed and summed.
+
+    With a predictor, each writes whole words of the set of candidates.
+    """
+    size = padded(-(-intermediate_size // MAX_PARTITIONS))
+    return -(-size // SET_WORD) * SET_WORD if has_predictor else size
 
 
-def numbers(spec: DecoderSpec) -> dict[str, float]:
-    """Return the specification as numbers by name."""
+def numbers(spec: DecoderSpec, has_predictor: bool = False) -> dict[str, float]:
+    """Return the specification as numbers by name, of a file with or without a predictor."""
     family = spec.family
     found = {name: getattr(spec, name) for name in (*SIZES, "head_dim", "max_context", *SCALES)}
     found |= {
-        "neurons_per_partition": neurons_per_partition(spec.intermediate_size),
+        "neurons_per_partition": neurons_per_partition(spec.intermediate_size, has_predictor),
         "norm_kind": NORMS[family.norm],
         "input_norms": family.has("attention_norm"),
         "output_norms": family.has("attention_output_norm"),
@@ -38,6 +43,9 @@ def numbers(spec: DecoderSpec) -> dict[str, float]:
         "final_softcap": spec.final_softcap or 0.0,
         "num_ropes": len(spec.ropes),
     }
+    if has_predictor:
+        firsts = [layer.predictor.dense_first_tokens for layer in spec.layers if layer.predictor]
+        found["predictor_dense_first"] = max(firsts)
     for index, rope in enumerate(spec.ropes):
         found |= {f"ropes.{index}.dim": rope.rotary_dim, f"ropes.{index}.scale": rope.scale}
     for index, layer in enumerate(spec.layers):

@@ -33,7 +33,8 @@ class GenerationOptions(TypedDict, total=False):
     refuses a longer prompt; "sliding" forgets all but the first `keep` tokens and the newest half of the
     others, computes those anew as a text of their own, and goes on. Speed: `speculation`, who proposes tokens
     that the model then verifies together (docs/decoding.md), and the text stays exact; `reuse`, by a period
-    or by all its settings, lets most tokens compute only neurons that were active lately, which is not exact.
+    or by all its settings, lets most tokens compute only neurons that were active lately, which is not exact;
+    `predictor`, that the file's predictor names those that later tokens compute, which is not exact either.
     """
 
     temperature: float | None
@@ -51,6 +52,7 @@ class GenerationOptions(TypedDict, total=False):
     keep: int | None
     reuse: Reuse | int | None
     speculation: Speculation | str | None
+    predictor: bool | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Request:
     keep: int = 4  # attention sinks: Xiao et al. 2023, Efficient Streaming Language Models, section 3.2
     reuse: Reuse | None = None
     speculation: Speculation | None = None
+    predictor: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -88,6 +91,9 @@ class Request:
             )
         if self.reuse and self.speculation:
             raise UserError("reuse is not exact, and speculation verifies exactly; choose one of the two")
+        if self.predictor and (self.reuse or self.speculation):
+            other = "reuse" if self.reuse else "speculation"
+            raise UserError(f"a predictor and {other} decide on the same neurons; choose one of the two")
         if self.keep < 0:
             raise UserError(f"keep must be 0 or more tokens, found {self.keep}")
         if not self.prompt_ids:

@@ -75,7 +75,10 @@ class Window:
         """Fill a fresh sequence with all tokens, choose the next."""
         request = self._request
         reuse = request.speculation.keeps if request.speculation else request.reuse
-        self._sequence = self._engine.new_sequence(self._num_prompt, reuse, len(self._ids))
+        if request.predictor:
+            self._sequence = self._engine.new_predicted_sequence(self._num_prompt, len(self._ids))
+        else:
+            self._sequence = self._engine.new_sequence(self._num_prompt, reuse, len(self._ids))
         done = self._clock.time(phase, lambda: self._engine.reuse_prefix(self._sequence_id(), self._ids))
         self.num_reused += done if phase == "prefill" else 0
         part = FIRST_PART

@@ -52,6 +52,8 @@ class PredictorOptions:
 
     def definition(self) -> Predictor:
         """Return what the checkpoint will say. Raises UserError for values that make no sense."""
+        if self.kind == "random":
+            raise UserError("a random predictor predicts nothing; choose svd, plain_svd or trained")
         return Predictor(self.kind, self.rank, self.recall, self.weighted)
 
 
@@ -105,14 +107,18 @@ class PredictorReport:
         }
 
 
-def split_text(windows: np.ndarray, seed: int = 0) -> TextParts:
-    """Deal windows out, without an order among them. Raises UserError if they are too few."""
+def split_text(windows: np.ndarray, seed: int = 0, test: np.ndarray | None = None) -> TextParts:
+    """Deal windows out, without an order among them; with `test`, into the first two parts alone.
+
+    Raises UserError if they are too few.
+    """
     if len(windows) < LEAST_WINDOWS:
         raise UserError(f"the text has {len(windows)} windows, a predictor needs {LEAST_WINDOWS} or more")
     dealt = np.random.default_rng(seed).permutation(windows)
-    test = max(1, round(SHARES[2] * len(windows)))
-    calibrate = max(1, round(SHARES[1] * len(windows)))
-    return TextParts(dealt[: -test - calibrate], dealt[-test - calibrate : -test], dealt[-test:])
+    reporting = max(1, round(SHARES[2] * len(windows))) if test is None else 0
+    learning = len(dealt) - reporting - max(1, round(SHARES[1] * len(windows)))
+    calibrate = dealt[learning : len(dealt) - reporting]
+    return TextParts(dealt[:learning], calibrate, dealt[len(dealt) - reporting :] if test is None else test)
 
 
 def add_predictor(

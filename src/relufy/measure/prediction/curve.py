@@ -7,6 +7,8 @@ import torch
 
 _DROPPED_BITS = 16
 _BINS = 1 << 16
+LEAST_OFFSET = -1e30
+"""Finite, for checkpoints hold no infinities."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class MarginCurve:
     def offset_for(self, recall: float, weighted: bool = False) -> float:
         """Return the greatest offset, at the edge of a bin, that lets this share through.
 
-        Minus infinity where nothing was active.
+        LEAST_OFFSET, which lets all through, where nothing was active.
         """
         counts = (self._output if weighted else self._active.double()).numpy()
         if not counts.sum():
-            return -np.inf
+            return LEAST_OFFSET
         above = counts[::-1].cumsum()[::-1]
         needed = recall * above[0] * (1 - 1e-12)
         return _lower_edge(int(np.flatnonzero(above >= needed)[-1]))
