@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from together import start
 
 from families import family
 from relufy.errors import UserError
@@ -23,6 +22,7 @@ from relufy.train.checkpoints import checkpoint_folder, finish_checkpoint, last_
 from relufy.train.finetune import finetune
 from relufy.train.stream import StoredWindows, WindowStream
 from relufy.train.trainer import FinetuneTrainer
+from together import start
 
 SETTINGS = Finetune(
     steps=8, batch_size=4, window=8, learning_rate=3e-3, warmup_steps=2, distill=1.0, save_steps=3
