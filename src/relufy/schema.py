@@ -11,8 +11,6 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from relufy.errors import UserError
 
 T = TypeVar("T")
@@ -72,6 +70,8 @@ def finite(value: Any) -> Any:
 
 def yaml_value(text: str, where: str) -> Any:
     """Return the value of a piece of YAML; `where` names it in errors. Raises UserError."""
+    import yaml  # only some commands need it
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
