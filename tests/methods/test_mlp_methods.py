@@ -77,11 +77,17 @@ def test_the_engine_agrees(name: str, bundled_by: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_engine_stays_close_in_int8(name: str, bundled_by: Callable[[str], Path], tmp_path: Path) -> None:
+    """Rounding moves scores over their thresholds; that changes little of what the masks change themselves."""
     folder, tokens = bundled_by(name), written_windows()[1][0, :100].tolist()
     path = pack(folder, tmp_path / "m", "int8")
     expected = dequantised_logits(folder, path, tokens).log_softmax(-1)
     found = torch.tensor(in_steps(relufy.Engine(path), tokens, 1), dtype=torch.float64).log_softmax(-1)
-    assert 0 < (expected.exp() * (expected - found)).sum(-1).mean() < 0.001
+    dense = bundled_model()(torch.tensor([tokens])).logits[0].detach().double().log_softmax(-1)
+
+    def divergence(other: torch.Tensor) -> float:
+        return (expected.exp() * (expected - other)).sum(-1).mean().item()
+
+    assert 0 < divergence(found) < 0.05 * divergence(dense)
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "falcon", "gemma2"])
