@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 BUNDLED_WORDS = (
     "The bundled model is llama-prose-3m, a SiLU Llama of 3.4 million parameters that we trained from "
-    "scratch on public-domain novels. It is small and under-trained: it shows the road, not what a good "
+    "scratch on public-domain novels. It is small: it shows the road, not what a good "
     "model can do."
 )
 
