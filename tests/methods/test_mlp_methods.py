@@ -77,7 +77,7 @@ def test_the_engine_agrees(name: str, bundled_by: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_engine_stays_close_in_int8(name: str, bundled_by: Callable[[str], Path], tmp_path: Path) -> None:
-    """Rounding moves scores over their thresholds; that changes little of what the masks change themselves."""
+    """Rounding moves scores over their thresholds; that changes little beside what the masks change."""
     folder, tokens = bundled_by(name), written_windows()[1][0, :100].tolist()
     path = pack(folder, tmp_path / "m", "int8")
     expected = dequantised_logits(folder, path, tokens).log_softmax(-1)
