@@ -24,8 +24,8 @@ from relufy.measure.quality import perplexity
 from relufy.text import read_text, token_windows
 
 Q4_0_INCREASE = 0.06138
-"""Of the bundled model's perplexity on `novel_windows`, by the Q4_0 of the package gguf 0.19.0; the embedding in
-Q8_0, as llama.cpp's quantiser has it by default."""
+"""Of the bundled model's perplexity on `novel_windows`, by the Q4_0 of the package gguf 0.19.0; the embedding
+in Q8_0, as llama.cpp's quantiser has it by default."""
 
 
 def read_back(values: np.ndarray, dtype: str) -> np.ndarray:
