@@ -80,15 +80,19 @@ inline float float_of(int64_t sum) {
 // The same for 65536 * high + low, low in 0..65535.
 inline vec float_of(ivec high, ivec low) { return to_float(high) * 65536.0f + to_float(low); }
 
-// A sum of products with 256 * high + low, of which `bias` times the input's sum is too much.
-inline float finish(ivec high, ivec low, int64_t excess, float scale) {
-  int64_t sum = sum_lanes((to_long(high) << 8) + to_long(low)) - excess;
-  return float_of(sum) * scale + 0.0f;
+// A sum of products, of which `excess` is too much.
+inline float finish(int64_t sum, int64_t excess, float scale) {
+  return float_of(sum - excess) * scale + 0.0f;
 }
 
+inline float finish(ivec high, ivec low, int64_t excess, float scale) {
+  return finish(sum_lanes((to_long(high) << 8) + to_long(low)), excess, scale);
+}
+
+// Where an instruction multiplies bytes, the inputs are taken as two of them.
 template <size_t R, size_t T>
-inline void dot_tile_int8(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
-                          size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
+inline void dot_tile_bytes(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
+                           size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
   constexpr size_t kSums = R * T == 1 ? 2 : 1;  // of alternating vectors, to hide the latency of one chain
   ivec high[R][T][kSums] = {}, low[R][T][kSums] = {};
   for (size_t i = 0; i < bytes; i += kSums * kVectorBytes)
@@ -111,6 +115,35 @@ inline void dot_tile_int8(const uint8_t* const* rows, const uint8_t* const* next
       for (size_t s = 1; s < kSums; ++s) h += high[r][t][s], l += low[r][t][s];
       y[r][t * y_stride] = finish(h, l, 128 * x.sum[token + t], scales[r] * x.scale[token + t]);
     }
+}
+
+// Elsewhere the weights are widened to 16 bits. A lane's sum is exact over so many weights of a row.
+constexpr size_t kExactWeights = 64 * kVectorBytes;
+static_assert(2 * (kExactWeights / (kVectorBytes / 2)) * 255 * int64_t{kMostQuantised} <= INT32_MAX);
+
+template <size_t R, size_t T>
+inline void dot_tile_shorts(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
+                            size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
+  longs totals[R][T] = {};
+  for (size_t begin = 0; begin < bytes; begin += kExactWeights) {
+    size_t end = begin + kExactWeights < bytes ? begin + kExactWeights : bytes;
+    ivec sums[R][T] = {};
+    for (size_t line = begin; line < end; line += 64)
+      for (size_t r = 0; r < R; ++r) {
+        prefetch(next[r] + line);
+        for (size_t at = line; at < line + 64; at += kVectorBytes / 2) {
+          shorts weight = widen_as_pairs(rows[r] + at);
+          for (size_t t = 0; t < T; ++t)
+            sums[r][t] = dot2(sums[r][t], weight, load_as<shorts>(x.pairs + (token + t) * x.stride + at));
+        }
+      }
+    for (size_t r = 0; r < R; ++r)
+      for (size_t t = 0; t < T; ++t) totals[r][t] += to_long(sums[r][t]);
+  }
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < T; ++t)
+      y[r][t * y_stride] =
+          finish(sum_lanes(totals[r][t]), 128 * x.sum[token + t], scales[r] * x.scale[token + t]);
 }
 
 // 8 times the sum over groups of k times the input's sum: what the offset of the nibbles added.
@@ -172,8 +205,10 @@ inline void dot_tile(const StoredRows& w, const size_t* index, const uint8_t* co
     if (is_integer(D)) scales[r] = w.scales[index[r]];
     out[r] = y + token * y_stride + index[r];
   }
-  if constexpr (D == Dtype::int8)
-    dot_tile_int8<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
+  if constexpr (D == Dtype::int8 && kMultipliesBytes)
+    dot_tile_bytes<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
+  else if constexpr (D == Dtype::int8)
+    dot_tile_shorts<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
   else if constexpr (D == Dtype::int4)
     dot_tile_int4<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
   else

@@ -165,7 +165,7 @@ inline Batch batch_at(const StoredRows& w, const uint32_t* list, size_t i, size_
   return b;
 }
 
-inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
+inline void add_int8_bytes(Scatter& s, const Batch& b, size_t i, size_t width) {
   for (size_t j = 0; j < width; j += kVectorBytes) {
     if (j % 64 == 0)
       for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
@@ -184,6 +184,58 @@ inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
         add_four(sums, side[four], coefficient_lanes(high + 4 * four), coefficient_lanes(low + 4 * four));
       store_sums(at, sums);
     }
+  }
+}
+
+// Where no instruction multiplies bytes, two rows side by side are widened to 16 bits, and the sums with
+// whole coefficients are kept where the others keep those with low bytes: exact over so many rows.
+constexpr size_t kExactRows = 256;
+static_assert(255 + kExactRows * 255 * int64_t{kMostQuantised} <= INT32_MAX);
+
+template <bool kIsOneToken>
+inline void add_int8_shorts(Scatter& s, const Batch& b, size_t i, size_t width) {
+  for (size_t j = 0; j < width; j += kVectorBytes) {
+    if (j % 64 == 0)
+      for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
+    shorts side[kBatch / 2][4];
+    for (size_t t = 0; t < (kIsOneToken ? 1 : s.tokens); ++t) {
+      const int16_t* q = s.q + t * s.padded_count + i;
+      int32_t* at = s.sums + (t * s.tile + j) * 2;
+      ivec sums[4];
+      for (size_t k = 0; k < 4; ++k) sums[k] = load_as<ivec>(at + (2 * k + 1) * kLanes);
+      for (size_t pair = 0; pair < kBatch / 2; ++pair) {
+        if (t == 0)
+          interleave2(load_as<bytes_t>(b.rows[2 * pair] + j), load_as<bytes_t>(b.rows[2 * pair + 1] + j),
+                      side[pair]);
+        shorts both = (shorts)broadcast(load_as<int32_t>(q + 2 * pair));
+        for (size_t k = 0; k < 4; ++k) sums[k] = dot2(sums[k], side[pair][k], both);
+      }
+      for (size_t k = 0; k < 4; ++k) store_as(at + (2 * k + 1) * kLanes, sums[k]);
+    }
+  }
+}
+
+// sums: all but the low byte of those with whole coefficients to those with high bytes.
+inline void carry(Scatter& s, size_t width) {
+  for (size_t t = 0; t < s.tokens; ++t)
+    for (size_t j = 0; j < width; j += kVectorBytes) {
+      ivec sums[4][2];
+      int32_t* at = s.sums + (t * s.tile + j) * 2;
+      load_sums(at, sums);
+      for (auto& [high, low] : sums) high += low >> 8, low &= 0xFF;
+      store_sums(at, sums);
+    }
+}
+
+inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
+  if constexpr (kMultipliesBytes) {
+    add_int8_bytes(s, b, i, width);
+  } else {
+    if (i > 0 && i % kExactRows == 0) carry(s, width);
+    if (s.tokens == 1)
+      add_int8_shorts<true>(s, b, i, width);
+    else
+      add_int8_shorts<false>(s, b, i, width);
   }
 }
 

@@ -115,15 +115,23 @@ void test_dot(const Kernels& k, Dtype dtype) {
     for (size_t tokens : {24, 29, 47}) test_dot(k, dtype, n, 67, tokens);
 }
 
+// All weights the least (-127 or -8) or the largest (127 or 7), int4's groups and the inputs at their most.
+int64_t fill_with_extremes(StoredMatrix& w, bool largest) {
+  bool is_int8 = w.dtype == Dtype::int8;
+  std::fill(w.bytes.begin(), w.bytes.end(), static_cast<uint8_t>(largest ? 255 : is_int8 ? 1 : 0));
+  StoredRows view = w.view();
+  for (size_t r = 0; !is_int8 && r < w.rows; ++r)
+    std::fill_n(&w.bytes[r * view.stride + view.width() / 2], view.width() / 32, uint8_t{127});
+  if (is_int8) return largest ? 127 : -127;
+  return (largest ? 7 : -8) * 127;
+}
+
 // The largest sums that rows, inputs and weights can make are still exact.
-void test_large_sums(const Kernels& k, Dtype dtype) {
+void test_large_sums(const Kernels& k, Dtype dtype, bool largest) {
   constexpr size_t kInputs = 4096, kRows = 3, kTokens = 17;
   StoredMatrix w(dtype, kRows, kInputs, 1);
-  std::fill(w.bytes.begin(), w.bytes.end(), static_cast<uint8_t>(dtype == Dtype::int8));  // -127, or -8
+  int64_t weight = fill_with_extremes(w, largest);
   StoredRows view = w.view();
-  for (size_t r = 0; dtype == Dtype::int4 && r < kRows; ++r)
-    std::fill_n(&w.bytes[r * view.stride + kInputs / 2], kInputs / 32, uint8_t{127});
-  int64_t weight = dtype == Dtype::int8 ? -127 : -8 * 127;
   Tokens x(k, kInputs, kTokens, 2);
   Floats y(kTokens * kRows), alone(kRows);
   Scratch scratch(dot_scratch(kInputs, kTokens));
@@ -136,6 +144,27 @@ void test_large_sums(const Kernels& k, Dtype dtype) {
   for (size_t i = 0; i < y.size(); ++i) {
     CHECK(y[i] == alone[i % kRows]);
     CHECK(is_close(y[i], double(-weight) * kInputs * w.scales[i % kRows], 0));
+  }
+}
+
+// The same of listed rows' sums, by one token and by several.
+void test_large_scatter(const Kernels& k, Dtype dtype, bool largest) {
+  constexpr size_t kInputs = 700, kOutputs = 160, kTokens = 5;
+  StoredMatrix w(dtype, kInputs, kOutputs, 1);
+  int64_t weight = fill_with_extremes(w, largest);
+  std::fill(w.scales.begin(), w.scales.end(), 0.5f);
+  std::vector<uint32_t> list(kInputs + 16);
+  std::iota(list.begin(), list.end(), 0u);
+  Floats x(kTokens * padded(kInputs), -1.0f);
+  Scratch scratch(scatter_scratch(kInputs, kTokens));
+  size_t width = w.view().width();
+  for (size_t tokens : {size_t{1}, kTokens}) {
+    Floats y(tokens * width);
+    k.scatter(w.view(), 0, width, list.data(), kInputs, x.data(), padded(kInputs), tokens, scratch.get(),
+              y.data(), width);
+    for (size_t t = 0; t < tokens; ++t)
+      for (size_t j = 0; j < kOutputs; ++j)
+        CHECK(is_close(y[t * width + j], -0.5 * double(weight) * kInputs, 0));
   }
 }
 
@@ -524,7 +553,11 @@ int main() {
       test_dot(*k, dtype);
       test_scatter(*k, dtype);
       test_expand(*k, dtype);
-      if (is_integer(dtype)) test_large_sums(*k, dtype);
+      for (bool largest : {false, true}) {
+        if (!is_integer(dtype)) break;
+        test_large_sums(*k, dtype, largest);
+        test_large_scatter(*k, dtype, largest);
+      }
     }
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
       for (const Manner& manner : kManners) test_attend(*k, dtype, manner);
