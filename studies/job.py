@@ -95,7 +95,7 @@ def run(job: Job, work: Path) -> Result:
     pre = {"before": _preactivations(model, texts)} if job.preactivations else {}
     before = None
     if job.sparsify:
-        _sparsify(model, job.sparsify, texts)
+        _sparsify(model, job.sparsify, texts, job.finetune)
     if job.start != "new":
         before = evaluate(model, texts, cett=False)
     if job.text == "self":
@@ -140,10 +140,14 @@ def _folder(start: str, work: Path) -> str | Path:
     return work / "models" / start.removeprefix(OWN_MODEL) if start.startswith(OWN_MODEL) else start
 
 
-def _sparsify(model: Any, method: dict[str, Any], texts: Texts) -> None:
+def _sparsify(
+    model: Any, method: dict[str, Any], texts: Texts, finetune: dict[str, Any] | None = None
+) -> None:
     from relufy.methods.sparsify import sparsify
 
-    recipe = recipe_from_mapping({"name": method["method"], "sparsify": method}, "study")
+    recipe = recipe_from_mapping(
+        {"name": method["method"], "sparsify": method, "finetune": finetune or {}}, "study"
+    )
     sparsify(model, recipe, texts.train(256)[:256].astype(np.int64))
 
 

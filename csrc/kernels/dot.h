@@ -128,15 +128,20 @@ inline void dot_tile_shorts(const uint8_t* const* rows, const uint8_t* const* ne
   for (size_t begin = 0; begin < bytes; begin += kExactWeights) {
     size_t end = begin + kExactWeights < bytes ? begin + kExactWeights : bytes;
     ivec sums[R][T] = {};
-    for (size_t line = begin; line < end; line += 64)
-      for (size_t r = 0; r < R; ++r) {
-        prefetch(next[r] + line);
-        for (size_t at = line; at < line + 64; at += kVectorBytes / 2) {
+    for (size_t line = begin; line < end; line += 64) {
+      for (size_t r = 0; r < R; ++r) prefetch(next[r] + line);
+      for (size_t at = line; at < line + 64; at += kVectorBytes / 2) {
+        shorts inputs[T];
+        for (size_t t = 0; t < T; ++t) inputs[t] = load_as<shorts>(x.pairs + (token + t) * x.stride + at);
+        for (size_t r = 0; r < R; ++r) {
           shorts weight = widen_as_pairs(rows[r] + at);
-          for (size_t t = 0; t < T; ++t)
-            sums[r][t] = dot2(sums[r][t], weight, load_as<shorts>(x.pairs + (token + t) * x.stride + at));
+          for (size_t t = 0; t < T; ++t) {
+            sums[r][t] = dot2(sums[r][t], weight, inputs[t]);
+            hold(sums[r][t]);  // or products wait for their additions in memory
+          }
         }
       }
+    }
     for (size_t r = 0; r < R; ++r)
       for (size_t t = 0; t < T; ++t) totals[r][t] += to_long(sums[r][t]);
   }

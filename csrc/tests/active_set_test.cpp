@@ -192,7 +192,8 @@ void test_inexact_blocks_are_not_shared(const TinyModel& model) {
 
 void test_refusals() {
   for (const TinyModel& model : tiny_models(Dtype::f32)) {
-    std::set<std::string> served{"bundle", "plain", "drelu", "parallel", "post norms", "for reuse"};
+    std::set<std::string> served{"bundle",     "plain",     "drelu",    "parallel",
+                                 "post norms", "for reuse", "predicted"};
     if (accepts(model) != served.count(model.name)) std::fprintf(stderr, "%s\n", model.name.c_str());
     CHECK(accepts(model) == served.count(model.name));
     if (accepts(model)) continue;

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "packed_model.h"
+#include "predicted.h"
 
 namespace {
 
@@ -94,7 +95,8 @@ class Victim {
     std::vector<int32_t> tokens;
     for (size_t i = 0; i < 3; ++i) tokens.push_back(static_cast<int32_t>(i * 7 % vocab));
     std::vector<float> logits(tokens.size() * vocab);
-    SequenceId id = engine.new_sequence(2);
+    bool predicts = engine.refuses_prediction().empty();
+    SequenceId id = engine.new_sequence(2, predicts ? std::make_unique<Predicted>(1) : nullptr);
     Work work{id, tokens};
     try {
       engine.step({&work, 1}, Logits::all, logits.data());

@@ -110,6 +110,7 @@ struct TinyModel {
   QueryNorm query_norm = QueryNorm::none;
   size_t window = 0, tables = 1, rotary_dim = 0;  // 0: head_dim; tables are for the layers in turns
   double embedding_scale = 1.0, attention_softcap = 0.0, final_softcap = 0.0;
+  size_t predictor_rank = 0;
 };
 
 class ModelWriter {
@@ -194,6 +195,14 @@ class ModelWriter {
     if (m_.gated) projection(prefix, "gate", m_.neurons, m_.hidden);
     write_up_and_down(prefix);
     mask(prefix, "neuron", m_.neurons);
+    if (m_.predictor_rank) write_predictor(prefix);
+  }
+
+  void write_predictor(const std::string& prefix) {
+    Dtype dtype = m_.dtype == Dtype::int4 ? Dtype::int8 : m_.dtype;
+    matrix(prefix + "predictor_in", dtype, Layout::rows, m_.predictor_rank, m_.hidden);
+    matrix(prefix + "predictor_out", dtype, Layout::rows, m_.neurons, m_.predictor_rank);
+    file_.vector(prefix + "predictor_threshold", random(m_.neurons));
   }
 
   void write_up_and_down(const std::string& prefix) {
@@ -359,11 +368,15 @@ inline std::vector<TinyModel> tiny_models(Dtype dtype) {
   for (const char* site : {"q", "gate"}) first_in_columns.masks[site] = {.kind = Kind::none};
   TinyModel others_in_columns{.name = "others in columns", .dtype = dtype, .activation = Activation::silu};
   for (const char* site : {"k", "v", "o", "up"}) others_in_columns.masks[site] = {.kind = Kind::none};
-  return {bundle,   wide,         inputs,           shared,
-          plain,    masked_plain, corrected,        statistical,
-          drelu,    dense,        first_in_columns, others_in_columns,
-          local,    parallel,     post_norms,       beside,
-          for_reuse};
+  TinyModel predicted{.name = "predicted", .dtype = dtype, .neurons = 150, .partition = 64};
+  predicted.for_reuse = true;  // the gate in rows, beside the mask of its input
+  predicted.masks["gate"] = {.threshold = 0.1};
+  predicted.predictor_rank = 5;
+  return {bundle,    wide,         inputs,           shared,
+          plain,     masked_plain, corrected,        statistical,
+          drelu,     dense,        first_in_columns, others_in_columns,
+          local,     parallel,     post_norms,       beside,
+          for_reuse, predicted};
 }
 
 // Sets $RELUFY_ISA to each instruction set in turn. Under sanitizers, which are slow, the kernels' own test

@@ -26,6 +26,17 @@ SPARE_POSITIONS = 64
 Turn = dict[str, Any]
 
 
+def engine_facts(engine: CpuEngine) -> dict[str, Any]:
+    """Return what a benchmark's document says of an engine."""
+    return {
+        "isa": engine.isa,
+        "threads": engine.threads,
+        "peak_resident_bytes": peak_resident_bytes(),
+        "huge_page_share": engine.huge_page_share,
+        "crossover": "measured" if engine.has_measured_crossover else "built-in",
+    }
+
+
 class EngineContender:
     """Our engine on one packed file."""
 
@@ -83,13 +94,7 @@ class EngineContender:
         return np.concatenate(found)[: len(tokens)].tolist()
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "isa": self._engine.isa,
-            "threads": self._engine.threads,
-            "peak_resident_bytes": peak_resident_bytes(),
-            "huge_page_share": self._engine.huge_page_share,
-            "crossover": "measured" if self._engine.has_measured_crossover else "built-in",
-        }
+        return engine_facts(self._engine)
 
     def _timed(self, num_sequences: int, run: Callable[[], Any], steps: int = 0) -> Turn:
         """Return what a run took and read; then forget what it added to the first sequences.

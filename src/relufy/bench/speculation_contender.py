@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from relufy.bench.contenders import SPARE_POSITIONS, Turn, peak_resident_bytes
+from relufy.bench.contenders import SPARE_POSITIONS, Turn, engine_facts
 from relufy.engine.cpu import CpuEngine
 from relufy.engine.sampling import Sampling
 from relufy.engine.speculation import LOOKUP, SELF, Speculation
@@ -63,13 +63,7 @@ class SpeculationContender:
         return turn
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "isa": self._engine.isa,
-            "threads": self._engine.threads,
-            "peak_resident_bytes": peak_resident_bytes(),
-            "huge_page_share": self._engine.huge_page_share,
-            "crossover": "measured" if self._engine.has_measured_crossover else "built-in",
-        }
+        return engine_facts(self._engine)
 
     def _plain(self, sequence: int, last: int, count: int, sampling: Sampling) -> Turn:
         before, start = self._engine.stats(), time.perf_counter()

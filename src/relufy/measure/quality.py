@@ -5,7 +5,7 @@ only. Windows are the independent units, so standard errors are taken over windo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,13 +42,22 @@ class Fidelity:
     """Each window's own mean, for paired comparisons."""
 
 
-def perplexity(model: PreTrainedModel, windows: np.ndarray, batch_size: int = 16) -> Perplexity:
-    """Return the perplexity on windows, int64 `[windows, length]`. Raises UserError if they are unfit."""
+def perplexity(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    batch_size: int = 16,
+    on_windows: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Perplexity:
+    """Return the perplexity on windows, int64 `[windows, length]`. Raises UserError if they are unfit.
+
+    `on_windows` hears how many are done, of how many.
+    """
     per_window = []
     with evaluating(model):
         for ids in _batches(windows, batch_size, model):
             losses = -log_likelihood(_predictions(model, ids), ids[:, 1:])
             per_window += losses.double().mean(1).tolist()
+            on_windows(len(per_window), len(windows))
     nats, error = mean_and_error(per_window)
     return Perplexity(math.exp(nats), nats, error, windows[:, 1:].size, tuple(per_window))
 

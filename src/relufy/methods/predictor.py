@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -204,9 +205,9 @@ def measure_predictor(
     layers = predictable_layers(find_sites(model), sparsity)
     predictors = {layer.index: p for layer in layers if (p := layer.predictor()) is not None}
     quality = measure_predictors(model, layers, predictors, windows, progress)
-    exact = perplexity(model, windows)
+    exact = perplexity(model, windows, on_windows=partial(progress, "measuring perplexity"))
     with predicting(model):
-        predicted = perplexity(model, windows)
+        predicted = perplexity(model, windows, on_windows=partial(progress, "measuring perplexity again"))
     pairs = zip(predicted.per_window, exact.per_window, strict=True)
     difference, error = mean_and_error([a - b for a, b in pairs])
     first = layers[0]
