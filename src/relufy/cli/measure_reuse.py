@@ -108,8 +108,11 @@ def _print(found: dict[str, Any]) -> None:
         f"{exact['perplexity']:.3f}, {exact['bytes_per_token'] / 1e6:.3f} MB a token"
     )
     columns = ["setting", "perplexity, %", "frozen", "candidates", "fired", "bytes / exact's"]
-    columns += ["tokens/s", "x exact", "x own dense"]
-    print_table("neuron reuse", columns, [_cells(row) for row in found["settings"]])
+    rows = [_cells(row) for row in found["settings"]]
+    if any(row["tokens_per_second"] is not None for row in found["settings"]):
+        columns += ["tokens/s", "x exact", "x own dense"]
+        rows = [row + _speeds(data) for row, data in zip(rows, found["settings"], strict=True)]
+    print_table("neuron reuse", columns, rows)
     for name, meaning in found["definitions"].items():
         result(f"{name}: {meaning}")
 
@@ -117,11 +120,14 @@ def _print(found: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     error = row["standard_error_percent"]
     frozen = row["frozen_tokens"] / (row["frozen_tokens"] + row["open_tokens"])
-    speeds = [row[name] for name in ("tokens_per_second", "speedup_vs_exact", "speedup_vs_dense")]
     return [
         row["label"],
         f"{row['perplexity_change_percent']:+.2f}" + ("" if error is None else f" ± {error:.2f}"),
         *(f"{share:.1%}" for share in (frozen, row["candidate_share"], row["fired_share"])),
         f"{row['bytes_vs_exact']:.3f}",
-        *("-" if speed is None else f"{speed:.2f}" for speed in speeds),
     ]
+
+
+def _speeds(row: dict[str, Any]) -> list[str]:
+    speeds = [row[name] for name in ("tokens_per_second", "speedup_vs_exact", "speedup_vs_dense")]
+    return ["-" if speed is None else f"{speed:.2f}" for speed in speeds]
