@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 STUDIES = (
     *("activations", "recovery", "prosparse", "data_free", "stage2"),
-    *("bundled", "bundled_sparse", "large"),
+    *("bundled", "bundled_sparse", "large", "decoding"),
 )
 KEPT = REPOSITORY / "docs" / "studies"
 
