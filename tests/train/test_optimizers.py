@@ -75,7 +75,8 @@ def test_weight_decay_is_for_matrices_alone() -> None:
         assert {decay[id(p)] for p in matrices} == {0.1} and {decay[id(p)] for p in others} == {0.0}
 
 
-def test_both_take_the_steps_that_they_take_alone() -> None:
+def test_both_take_the_steps_that_they_take_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # nothing is widened
     model = family("llama")
     twin = copy.deepcopy(model)
     both = make_optimizer(model, replace(MUON, weight_decay=0.0))
@@ -94,6 +95,25 @@ def test_both_take_the_steps_that_they_take_alone() -> None:
         muon.step()
         adamw.step()
     assert torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize(("capability", "is_exact"), [("AVX2", True), ("AVX512", False)])
+def test_muon_multiplies_float32_where_a_processor_has_no_bfloat16(
+    capability: str, is_exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    generator = torch.Generator().manual_seed(0)
+    matrix = nn.Parameter(torch.zeros(24, 40))
+    matrix.grad = torch.randn(24, 40, generator=generator)
+    x = matrix.grad.double()
+    x = x / x.norm()  # the scale of momentum is of no matter
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    MuonWithAdamW([matrix], [{"params": [nn.Parameter(torch.zeros(1))]}], 1.0, 0.0).step()
+    expected = -0.2 * 40**0.5 * x
+    error = ((matrix.double() - expected).norm() / expected.norm()).item()
+    assert (error < 1e-5) == is_exact and error < 0.02
 
 
 def test_updates_of_both_have_the_same_size() -> None:

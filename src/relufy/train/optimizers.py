@@ -9,11 +9,13 @@ has split the matrices, they are put together for it, one at a time.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from relufy.errors import UserError
@@ -33,6 +35,25 @@ SCHEDULES = {
 """What transformers calls our schedules."""
 
 Parameters = list[nn.Parameter]
+
+
+class InFloat32(TorchFunctionMode):
+    """Computes in float32 what PyTorch's Muon does in bfloat16.
+
+    On processors without arithmetic for bfloat16 that is two hundred times as fast.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 far more slowly than float32."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 class MuonWithAdamW(Optimizer):
@@ -65,7 +86,9 @@ class MuonWithAdamW(Optimizer):
         # Loading a state or a scheduler may have put others in their place.
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
-        self._muon.step()
+        device = self.param_groups[0]["params"][0].device
+        with InFloat32() if lacks_bfloat16(device) else nullcontext():
+            self._muon.step()
         self._adamw.step()
         return loss
 
