@@ -13,6 +13,7 @@
 
 #if defined(__AVX512F__)
 #define RELUFY_VECTOR_BYTES 64
+#define RELUFY_MULTIPLIES_BYTES 1  // in one instruction, without saturation: dot4
 #include <immintrin.h>
 #elif defined(__AVX2__)
 #define RELUFY_VECTOR_BYTES 32
@@ -33,12 +34,6 @@ constexpr size_t kLanes = kVectorBytes / sizeof(float);
 constexpr size_t kRegisters = 32;  // of vectors
 #else
 constexpr size_t kRegisters = 16;
-#endif
-
-#if defined(__AVX512F__)
-constexpr bool kMultipliesBytes = true;  // in one instruction, without saturation: dot4
-#else
-constexpr bool kMultipliesBytes = false;
 #endif
 
 typedef float vec __attribute__((vector_size(RELUFY_VECTOR_BYTES)));
@@ -261,13 +256,10 @@ inline shorts widen(const int8_t* p) {
   return __builtin_convertvector(load_as<half>(p), shorts);
 }
 
+#if !RELUFY_MULTIPLIES_BYTES
 // kVectorBytes / 2 bytes, each widened to 16 bits; of each four the evens come first, then the odds.
 inline shorts widen_as_pairs(const uint8_t* p) {
-#if defined(__AVX512F__)
-  const __m128i order = _mm_set_epi64x(0x0F0E0B0A0D0C0908, 0x0706030205040100);
-  return (shorts)_mm512_shuffle_epi8(_mm512_cvtepu8_epi16(load_as<__m256i>(p)),
-                                     _mm512_broadcast_i32x4(order));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const __m256i order = _mm256_setr_epi8(0, -1, 2, -1, 1, -1, 3, -1, 4, -1, 6, -1, 5, -1, 7, -1,  //
                                          8, -1, 10, -1, 9, -1, 11, -1, 12, -1, 14, -1, 13, -1, 15, -1);
   return (shorts)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(p)), order);
@@ -277,6 +269,7 @@ inline shorts widen_as_pairs(const uint8_t* p) {
   return __builtin_convertvector(__builtin_shufflevector(bytes, bytes, 0, 2, 1, 3, 4, 6, 5, 7), shorts);
 #endif
 }
+#endif
 
 // The 16-bit lanes of a and b in turns, in order: 32-bit lanes 0, 1, ... of out[0], then of out[1].
 inline void zip(shorts a, shorts b, ivec out[2]) {
@@ -326,33 +319,6 @@ inline void interleave4(bytes_t a, bytes_t b, bytes_t c, bytes_t d, bytes_t out[
   out[1] = __builtin_shufflevector(ab, cd, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31);
   out[2] = __builtin_shufflevector(AB, CD, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
   out[3] = __builtin_shufflevector(AB, CD, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31);
-#endif
-}
-
-// The bytes of two rows, side by side, each widened to 16 bits: the same lanes as interleave4's.
-inline void interleave2(bytes_t a, bytes_t b, shorts out[4]) {
-#if defined(__AVX512F__)
-  __m512i ab = _mm512_unpacklo_epi8((__m512i)a, (__m512i)b),
-          AB = _mm512_unpackhi_epi8((__m512i)a, (__m512i)b), zero = _mm512_setzero_si512();
-  out[0] = (shorts)_mm512_unpacklo_epi8(ab, zero);
-  out[1] = (shorts)_mm512_unpackhi_epi8(ab, zero);
-  out[2] = (shorts)_mm512_unpacklo_epi8(AB, zero);
-  out[3] = (shorts)_mm512_unpackhi_epi8(AB, zero);
-#elif defined(__AVX2__)
-  __m256i ab = _mm256_unpacklo_epi8((__m256i)a, (__m256i)b),
-          AB = _mm256_unpackhi_epi8((__m256i)a, (__m256i)b), zero = _mm256_setzero_si256();
-  out[0] = (shorts)_mm256_unpacklo_epi8(ab, zero);
-  out[1] = (shorts)_mm256_unpackhi_epi8(ab, zero);
-  out[2] = (shorts)_mm256_unpacklo_epi8(AB, zero);
-  out[3] = (shorts)_mm256_unpackhi_epi8(AB, zero);
-#else
-  typedef uint8_t half __attribute__((vector_size(8)));
-  half rows[4];
-  bytes_t ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  bytes_t AB = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  std::memcpy(rows, &ab, sizeof ab);
-  std::memcpy(rows + 2, &AB, sizeof AB);
-  for (size_t k = 0; k < 4; ++k) out[k] = __builtin_convertvector(rows[k], shorts);
 #endif
 }
 

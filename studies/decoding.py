@@ -6,7 +6,7 @@ from typing import Any
 from studies.figure import INKS, figure
 from studies.job import Job
 from studies.plans import EPOCH, Done, by_muon, held, shifted
-from studies.summary import nats, perplexity, share, table
+from studies.summary import compared
 
 SHAPE = "125m"
 """With the novels' vocabulary of 4,096 pieces it has 91 M parameters."""
@@ -52,19 +52,7 @@ NAMES = {"decoding-dense": "SiLU, from scratch", "decoding-control": "SiLU, trai
 
 def tables(done: Done) -> str:
     """Return the table of the document."""
-    dense = nats([done["decoding-dense"]])
-    rows = []
-    for name, label in NAMES.items():
-        loss = nats([done[name]])
-        rate = f"{done[name]['finetune']['learning_rate']:g}"
-        against = "" if name == "decoding-dense" else loss.against(dense)
-        shares = [
-            share([done[name]], key, digits)
-            for key, digits in (("neuron", 1), ("dead", 2), ("union_density", 1))
-        ]
-        rows.append([label, rate, loss.text(), perplexity(loss), against, *shares])
-    columns = ["", "learning rate", "test loss, nats", "perplexity", "against the dense model"]
-    return table([*columns, "zeros", "dead", "used in 8 tokens"], rows)
+    return compared([(label, done[name]) for name, label in NAMES.items()])
 
 
 def draw(done: Done, file: Path) -> None:

@@ -122,7 +122,7 @@ def run(job: Job, work: Path) -> Result:
         save_checkpoint(model, texts.tokenizer, work / "models" / job.name)
     after = []
     for method in job.after:
-        _sparsify(model, method, texts)
+        _sparsify(model, method, texts, job.finetune)
         after.append(evaluate(model, texts, cett=False))
     return Result(
         dataclasses.asdict(job), done.tokens, done.seconds, _thinned(curve), checks, before, final, after, pre
@@ -140,13 +140,11 @@ def _folder(start: str, work: Path) -> str | Path:
     return work / "models" / start.removeprefix(OWN_MODEL) if start.startswith(OWN_MODEL) else start
 
 
-def _sparsify(
-    model: Any, method: dict[str, Any], texts: Texts, finetune: dict[str, Any] | None = None
-) -> None:
+def _sparsify(model: Any, method: dict[str, Any], texts: Texts, finetune: dict[str, Any]) -> None:
     from relufy.methods.sparsify import sparsify
 
     recipe = recipe_from_mapping(
-        {"name": method["method"], "sparsify": method, "finetune": finetune or {}}, "study"
+        {"name": method["method"], "sparsify": method, "finetune": finetune}, "study"
     )
     sparsify(model, recipe, texts.train(256)[:256].astype(np.int64))
 

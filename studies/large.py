@@ -7,7 +7,7 @@ from typing import Any
 from studies.figure import INKS, figure
 from studies.job import Job
 from studies.plans import EPOCH, SHORT, STAGE1, Done, are_done, best_rate, by_muon, held, progressive, shifted
-from studies.summary import nats, perplexity, share, table
+from studies.summary import compared
 
 EPOCHS = 3
 BATCH = 128
@@ -96,21 +96,9 @@ def arms(done: Done) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any
 
 def tables(done: Done) -> str:
     """Return the tables of the document."""
-    found = []
-    for results, base in zip(arms(done), ("silu", "control"), strict=True):
-        control = nats([results[base]])
-        rows = []
-        for name, result in results.items():
-            loss = nats([result])
-            against = "" if name == base else loss.against(control)
-            shares = [
-                share([result], key, d) for key, d in (("neuron", 1), ("dead", 2), ("union_density", 1))
-            ]
-            rate = f"{result['finetune']['learning_rate']:g}"
-            rows.append([NAMES[name], rate, loss.text(), perplexity(loss), against, *shares])
-        columns = ["", "learning rate", "test loss, nats", "perplexity", "against dense"]
-        found.append(table([*columns, "zeros", "dead", "used in 8 tokens"], rows))
-    return "\n".join(found)
+    return "\n".join(
+        compared([(NAMES[name], result) for name, result in results.items()]) for results in arms(done)
+    )
 
 
 def draw(done: Done, file: Path) -> None:

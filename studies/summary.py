@@ -94,6 +94,19 @@ def share(results: Sequence[dict[str, Any]], name: str, digits: int = 1) -> str:
     return percent(mean(known), digits) if known else ""
 
 
+def compared(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Return a table of single runs, each with its label: losses against the first one's, and zeros."""
+    base = nats([results[0][1]])
+    rows = []
+    for label, result in results:
+        loss, rate = nats([result]), f"{result['finetune']['learning_rate']:g}"
+        against = loss.against(base) if rows else ""
+        shares = [share([result], key, d) for key, d in (("neuron", 1), ("dead", 2), ("union_density", 1))]
+        rows.append([label, rate, loss.text(), perplexity(loss), against, *shares])
+    columns = ["", "learning rate", "test loss, nats", "perplexity", "against dense"]
+    return table([*columns, "zeros", "dead", "used in 8 tokens"], rows)
+
+
 def perplexity(found: Seeds) -> str:
     return f"{math.exp(found.mean):.2f}"
 

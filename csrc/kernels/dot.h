@@ -89,10 +89,11 @@ inline float finish(ivec high, ivec low, int64_t excess, float scale) {
   return finish(sum_lanes((to_long(high) << 8) + to_long(low)), excess, scale);
 }
 
-// Where an instruction multiplies bytes, the inputs are taken as two of them.
+#if RELUFY_MULTIPLIES_BYTES
+// The inputs are taken as two bytes.
 template <size_t R, size_t T>
-inline void dot_tile_bytes(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
-                           size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
+inline void dot_tile_int8(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
+                          size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
   constexpr size_t kSums = R * T == 1 ? 2 : 1;  // of alternating vectors, to hide the latency of one chain
   ivec high[R][T][kSums] = {}, low[R][T][kSums] = {};
   for (size_t i = 0; i < bytes; i += kSums * kVectorBytes)
@@ -117,13 +118,14 @@ inline void dot_tile_bytes(const uint8_t* const* rows, const uint8_t* const* nex
     }
 }
 
-// Elsewhere the weights are widened to 16 bits. A lane's sum is exact over so many weights of a row.
+#else
+// The weights are widened to 16 bits. A lane's sum is exact over so many weights of a row.
 constexpr size_t kExactWeights = 64 * kVectorBytes;
 static_assert(2 * (kExactWeights / (kVectorBytes / 2)) * 255 * int64_t{kMostQuantised} <= INT32_MAX);
 
 template <size_t R, size_t T>
-inline void dot_tile_shorts(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
-                            size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
+inline void dot_tile_int8(const uint8_t* const* rows, const uint8_t* const* next, const float* scales,
+                          size_t bytes, const Input& x, size_t token, float* const* y, size_t y_stride) {
   longs totals[R][T] = {};
   for (size_t begin = 0; begin < bytes; begin += kExactWeights) {
     size_t end = begin + kExactWeights < bytes ? begin + kExactWeights : bytes;
@@ -150,6 +152,7 @@ inline void dot_tile_shorts(const uint8_t* const* rows, const uint8_t* const* ne
       y[r][t * y_stride] =
           finish(sum_lanes(totals[r][t]), 128 * x.sum[token + t], scales[r] * x.scale[token + t]);
 }
+#endif
 
 // 8 times the sum over groups of k times the input's sum: what the offset of the nibbles added.
 inline int64_t nibble_excess(const int8_t* k, size_t count, const int16_t* groups, size_t stride) {
@@ -210,10 +213,8 @@ inline void dot_tile(const StoredRows& w, const size_t* index, const uint8_t* co
     if (is_integer(D)) scales[r] = w.scales[index[r]];
     out[r] = y + token * y_stride + index[r];
   }
-  if constexpr (D == Dtype::int8 && kMultipliesBytes)
-    dot_tile_bytes<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
-  else if constexpr (D == Dtype::int8)
-    dot_tile_shorts<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
+  if constexpr (D == Dtype::int8)
+    dot_tile_int8<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
   else if constexpr (D == Dtype::int4)
     dot_tile_int4<R, T>(rows, next, scales, w.width(), x, token, out, y_stride);
   else

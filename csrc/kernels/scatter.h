@@ -165,7 +165,8 @@ inline Batch batch_at(const StoredRows& w, const uint32_t* list, size_t i, size_
   return b;
 }
 
-inline void add_int8_bytes(Scatter& s, const Batch& b, size_t i, size_t width) {
+#if RELUFY_MULTIPLIES_BYTES
+inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
   for (size_t j = 0; j < width; j += kVectorBytes) {
     if (j % 64 == 0)
       for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
@@ -187,8 +188,9 @@ inline void add_int8_bytes(Scatter& s, const Batch& b, size_t i, size_t width) {
   }
 }
 
-// Where no instruction multiplies bytes, two rows side by side are widened to 16 bits, and the sums with
-// whole coefficients are kept where the others keep those with low bytes: exact over so many rows.
+#else
+// Two rows side by side are widened to 16 bits, and the sums with whole coefficients are kept where the other
+// way keeps those with low bytes: exact over so many rows.
 constexpr size_t kExactRows = 256;
 static_assert(255 + kExactRows * 255 * int64_t{kMostQuantised} <= INT32_MAX);
 
@@ -197,7 +199,7 @@ inline void add_int8_shorts(Scatter& s, const Batch& b, size_t i, size_t width) 
   for (size_t j = 0; j < width; j += kVectorBytes) {
     if (j % 64 == 0)
       for (size_t r = 0; r < kBatch; ++r) prefetch(b.next[r] + j);
-    shorts side[kBatch / 2][4];
+    bytes_t side[kBatch / 2][4];
     for (size_t t = 0; t < (kIsOneToken ? 1 : s.tokens); ++t) {
       const int16_t* q = s.q + t * s.padded_count + i;
       int32_t* at = s.sums + (t * s.tile + j) * 2;
@@ -205,10 +207,10 @@ inline void add_int8_shorts(Scatter& s, const Batch& b, size_t i, size_t width) 
       for (size_t k = 0; k < 4; ++k) sums[k] = load_as<ivec>(at + (2 * k + 1) * kLanes);
       for (size_t pair = 0; pair < kBatch / 2; ++pair) {
         if (t == 0)
-          interleave2(load_as<bytes_t>(b.rows[2 * pair] + j), load_as<bytes_t>(b.rows[2 * pair + 1] + j),
-                      side[pair]);
+          interleave4(load_as<bytes_t>(b.rows[2 * pair] + j), bytes_t{},
+                      load_as<bytes_t>(b.rows[2 * pair + 1] + j), bytes_t{}, side[pair]);
         shorts both = (shorts)broadcast(load_as<int32_t>(q + 2 * pair));
-        for (size_t k = 0; k < 4; ++k) sums[k] = dot2(sums[k], side[pair][k], both);
+        for (size_t k = 0; k < 4; ++k) sums[k] = dot2(sums[k], (shorts)side[pair][k], both);
       }
       for (size_t k = 0; k < 4; ++k) store_as(at + (2 * k + 1) * kLanes, sums[k]);
     }
@@ -228,16 +230,13 @@ inline void carry(Scatter& s, size_t width) {
 }
 
 inline void add_int8_batch(Scatter& s, const Batch& b, size_t i, size_t width) {
-  if constexpr (kMultipliesBytes) {
-    add_int8_bytes(s, b, i, width);
-  } else {
-    if (i > 0 && i % kExactRows == 0) carry(s, width);
-    if (s.tokens == 1)
-      add_int8_shorts<true>(s, b, i, width);
-    else
-      add_int8_shorts<false>(s, b, i, width);
-  }
+  if (i > 0 && i % kExactRows == 0) carry(s, width);
+  if (s.tokens == 1)
+    add_int8_shorts<true>(s, b, i, width);
+  else
+    add_int8_shorts<false>(s, b, i, width);
 }
+#endif
 
 // round(q * k / 128) for the groups of four rows: their bytes, side by side, and what the nibbles' offset
 // adds.
